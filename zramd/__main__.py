@@ -1,0 +1,5 @@
+"""`python -m zramd` is the `zramd` command."""
+
+from zramd.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""`zramd serve`: the daemon, in the foreground."""
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from zramd.cli.options import Address, Algorithm, Size
+from zramd.daemon import DaemonError, Settings, run
+from zramd.device.codecs import Codec
+from zramd.device.opening import Wanted
+from zramd.paths import DEVICE_NAME, runtime_directory, state_directory
+from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
+
+
+@click.command()
+@click.option("--size", type=Size(), help="Size of the disk: bytes, or with K, M, G, T. Default: 1G.")
+@click.option(
+    "--algorithm",
+    type=Algorithm(),
+    help="lz4, lz4hc or zstd; with a level: 'zstd(level=9)'. Default: lz4.",
+)
+@click.option("--unix", type=click.Path(path_type=Path), help="NBD socket to listen on.")
+@click.option("--tcp", type=Address(), help="TCP address to listen on instead of a Unix socket, or beside it.")
+@click.option("--status", type=click.Path(path_type=Path), help="Status socket to listen on.")
+@click.option("--state", type=click.Path(path_type=Path), help="Directory that keeps the contents over a restart.")
+@click.option("--volatile", is_flag=True, help="Keep nothing: the contents go when the server ends.")
+@click.option("--mem-limit", type=Size(), help="Most memory for compressed data; 0 for no limit. Default: 0.")
+@click.option(
+    "--chain-size",
+    type=click.IntRange(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE),
+    help=f"Most pages in a zspage. Default: {DEFAULT_CHAIN_SIZE}.",
+)
+def serve(
+    size: int | None,
+    algorithm: Codec | None,
+    unix: Path | None,
+    tcp: tuple[str, int] | None,
+    status: Path | None,
+    state: Path | None,
+    volatile: bool,
+    mem_limit: int | None,
+    chain_size: int | None,
+) -> None:
+    r"""Serve a compressed disk over NBD until SIGINT or SIGTERM.
+
+    Without options: 1 GiB, lz4, with its sockets and its memory in your runtime directory (/run/zramd for root,
+    $XDG_RUNTIME_DIR/zramd for others; the memory goes to /dev/shm where that is not a tmpfs). What was written is
+    there again when the server is started anew, until the machine restarts; --volatile keeps nothing.
+
+    \b
+    Example:
+      zramd serve --size 4G --algorithm 'zstd(level=3)' --mem-limit 1G
+    """
+    if state is not None and volatile:
+        raise click.UsageError("--state and --volatile exclude each other")
+    if size is not None and size <= 0:
+        raise click.UsageError("--size must be more than 0")
+    logging.basicConfig(level=logging.WARNING, format="zramd: %(message)s", stream=sys.stderr)
+    runtime = runtime_directory()
+    if unix is None and tcp is None:
+        unix = runtime / f"{DEVICE_NAME}.nbd"
+    try:
+        if not volatile and state is None:
+            state = state_directory()
+        run(
+            Settings(
+                wanted=Wanted(size, algorithm, chain_size),
+                mem_limit=mem_limit,
+                state=state,
+                unix=unix,
+                tcp=tcp,
+                status=status or runtime / f"{DEVICE_NAME}.status",
+            ),
+            click.echo,
+        )
+    except DaemonError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(error.strerror or str(error)) from error

@@ -1,0 +1,133 @@
+"""Making a device, or finding it again in the regions that an earlier process left."""
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from zramd.device.codecs import Codec, codec
+from zramd.device.superblock import Identity, StateError, load_identity, store_identity
+from zramd.device.zram import Device
+from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD
+from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
+from zramd.zsmalloc import FitRule, Pool, geometry
+from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE
+from zramd.zsmalloc.pool import max_disksize
+
+DEFAULT_DISKSIZE = 1 << 30
+DEFAULT_ALGORITHM = "lz4"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for; None is "as the kept state says, or the default"."""
+
+    disksize: int | None = None
+    codec: Codec | None = None
+    chain_size: int | None = None
+
+
+class OpenDevice:
+    """A device and the regions under it.
+
+    Attributes:
+        recovered: whether the device was found in kept regions.
+        on_disk: whether a flush has to write the regions to a disk.
+    """
+
+    def __init__(self, store: RegionStore, wanted: Wanted) -> None:
+        """Open the device kept in `store`, or make one there.
+
+        Raises:
+            StateError: what is kept is damaged or is not what was asked for.
+            NoMemoryError: there is no room for the regions.
+            OSError: the regions cannot be opened.
+        """
+        self._store = store
+        self._regions: list[Region] = []
+        self.on_disk = store.on_disk()
+        try:
+            identity = self._find(wanted)
+            self.recovered = identity is not None
+            if identity is None:
+                identity = _new_identity(wanted)
+            self.device = self._build(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _find(self, wanted: Wanted) -> Identity | None:
+        if not self._store.exists("superblock"):
+            return None
+        where = self._store.directory
+        superblock = self._store.open("superblock", PAGE_SIZE, create=False)
+        try:
+            identity = load_identity(superblock.words)
+        except StateError as error:
+            raise StateError(f"{where}: {error}; remove the directory to start afresh") from error
+        finally:
+            superblock.close()
+        if identity is not None:
+            _check(identity, wanted, where)
+        return identity
+
+    def _build(self, identity: Identity) -> Device:
+        superblock = self._open("superblock", PAGE_SIZE)
+        superblock.populate(0, PAGE_SIZE)
+        pages = identity.disksize >> PAGE_SHIFT
+        table = SparseTable(self._open("page_table", round_up_to_page(pages * WORD)))
+        elements = SparseTable(self._open("elements", round_up_to_page(pages * WORD)))
+        pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
+        device = Device(identity, superblock, table, elements, pool)
+        if self.recovered:
+            try:
+                device.recover()
+            except StateError as error:
+                raise StateError(f"{self._store.directory}: {error}; remove it to start afresh") from error
+        else:
+            store_identity(superblock.words, identity)
+        return device
+
+    def _open(self, name: str, size: int) -> Region:
+        region = self._store.open(name, size, create=not self.recovered)
+        self._regions.append(region)
+        return region
+
+    def flush(self) -> None:
+        """Write the regions to their medium. Where that is memory, there is nothing to do.
+
+        Raises:
+            OSError: the medium failed.
+        """
+        if self.on_disk:
+            for region in self._regions:
+                region.sync()
+
+    def close(self) -> None:
+        """Unmap the regions. Nobody may use the device any more."""
+        for region in self._regions:
+            region.close()
+        self._regions.clear()
+        self._store.close()
+
+
+def _new_identity(wanted: Wanted) -> Identity:
+    chain_size = wanted.chain_size or DEFAULT_CHAIN_SIZE
+    rule = FitRule.LEAST_WASTE
+    disksize = round_up_to_page(wanted.disksize or DEFAULT_DISKSIZE)
+    limit = max_disksize(geometry(chain_size, rule))
+    if disksize > limit:
+        raise StateError(f"a disk of {disksize} bytes is too large: at most {limit} with chain size {chain_size}")
+    return Identity(disksize, wanted.codec or codec(DEFAULT_ALGORITHM), chain_size, rule, uuid.uuid4())
+
+
+def _check(identity: Identity, wanted: Wanted, where: Path | None) -> None:
+    """Refuse kept state that is not what was asked for."""
+    remedy = f"ask for the same, or remove {where} to start afresh, or choose another --state or --volatile"
+    if wanted.disksize is not None and round_up_to_page(wanted.disksize) != identity.disksize:
+        raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
+    if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
+        raise StateError(f"the device kept in {where} has chain size {identity.chain_size}: {remedy}")
+    if wanted.codec is not None:
+        kept = (identity.codec.name, identity.codec.level)
+        if (wanted.codec.name, wanted.codec.level) != kept:
+            raise StateError(f"the device kept in {where} is compressed with {kept[0]} level {kept[1]}: {remedy}")

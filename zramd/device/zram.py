@@ -1,0 +1,409 @@
+"""The zram device: pages in, compressed objects in the pool, pages out.
+
+The device is a monitor: whoever calls a method that says so holds `lock`, for a whole batch of requests at a time.
+Compression is the one expensive step that needs no lock; `prepare` does it before the lock is taken.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zramd.device.codecs import CodecError, Compress
+from zramd.device.superblock import Identity, StateError
+from zramd.layout import (
+    ENTRY_HANDLE_MASK,
+    ENTRY_HAS_ELEMENT,
+    ENTRY_PRIORITY_MASK,
+    ENTRY_PRIORITY_SHIFT,
+    ENTRY_RESERVED_MASK,
+    ENTRY_SIZE_MASK,
+    ENTRY_SIZE_SHIFT,
+    ENTRY_STATE_MASK,
+    ENTRY_STATE_SHIFT,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    WORD,
+    PageState,
+    Superblock,
+)
+from zramd.memory import NoMemoryError, Region, SparseTable
+from zramd.zsmalloc import DamagedError, Pool, recover
+
+Prepared = int | bytes | memoryview
+"""One page as it will be stored: the pattern of a same-filled page, a compressed object, or the raw page."""
+
+_PAGE_MASK = PAGE_SIZE - 1
+_WORDS = PAGE_SIZE // WORD
+_ZERO_PAGE = bytes(PAGE_SIZE)
+_CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
+
+# The states as they stand in an entry, as plain integers: an enum costs more than the rest of the comparison.
+_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
+_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
+_COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
+_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT | PAGE_SIZE << ENTRY_SIZE_SHIFT
+_HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
+_NEVER_SET = ENTRY_RESERVED_MASK | ENTRY_PRIORITY_MASK << ENTRY_PRIORITY_SHIFT
+_READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
+_WRITES, _WRITE_SECTORS = int(Superblock.WRITES), int(Superblock.WRITE_SECTORS)
+
+
+class NoSpaceError(Exception):
+    """A page cannot be stored: the memory limit is reached or the machine has no memory left."""
+
+
+class PageError(Exception):
+    """A stored page cannot be read back."""
+
+
+@dataclass(frozen=True, slots=True)
+class MmStat:
+    """The kernel's mm_stat. The first five are in bytes."""
+
+    orig_data_size: int
+    compr_data_size: int
+    mem_used_total: int
+    mem_limit: int
+    mem_used_max: int
+    same_pages: int
+    pages_compacted: int
+    huge_pages: int
+    huge_pages_since: int
+
+
+@dataclass(frozen=True, slots=True)
+class IoStat:
+    """The kernel's io_stat. Failures are counted for each request, notify_free for each page.
+
+    The transmission loop splits a request larger than its buffer, as the block layer splits a large bio.
+    """
+
+    failed_reads: int
+    failed_writes: int
+    invalid_io: int
+    notify_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStat:
+    """Requests and 512-byte sectors read and written, failed ones too. Discards are not counted (Linux 6.18)."""
+
+    reads: int
+    read_sectors: int
+    writes: int
+    write_sectors: int
+
+
+class Device:
+    """One zram device on its regions.
+
+    `identity` says what it is; `lock` guards everything but `prepare`.
+    """
+
+    def __init__(
+        self, identity: Identity, superblock: Region, table: SparseTable, elements: SparseTable, pool: Pool
+    ) -> None:
+        self.identity = identity
+        self.disksize = identity.disksize
+        self.lock = threading.Lock()
+        self.pool = pool
+        self._words = superblock.words
+        self._table = table
+        self._elements = elements
+        self._decompress = identity.codec.decompressor()
+        self._huge_limit = pool.geometry.huge_limit
+        self._limit_pages = self._words[Superblock.MEM_LIMIT]
+        self._max_pages = self._words[Superblock.MEM_USED_MAX]
+        self._pages_stored = 0
+        self._compr_data_size = 0
+        self._same_pages = 0
+        self._huge_pages = 0
+
+    def compressor(self) -> Compress:
+        """Return a compressor for the calling thread."""
+        return self.identity.codec.compressor()
+
+    def prepare(self, offset: int, data: memoryview, compress: Compress) -> list[Prepared]:
+        """Compress the whole pages of a write. No lock is needed.
+
+        `data` is writable; raw pages in the result are views of it.
+        """
+        if (offset | len(data)) & _PAGE_MASK:
+            start, end = whole_pages(offset, len(data))
+            data = data[start:end]
+        words = data.cast("Q")
+        limit = self._huge_limit
+        prepared: list[Prepared] = []
+        for start in range(0, len(data), PAGE_SIZE):
+            page = data[start : start + PAGE_SIZE]
+            word = start >> 3
+            pattern = words[word]
+            if pattern == words[word + _WORDS - 1]:
+                raw = page.tobytes()
+                if raw == raw[:WORD] * _WORDS:
+                    prepared.append(pattern)
+                    continue
+            stored = compress(page)
+            prepared.append(stored if len(stored) < limit else page)
+        return prepared
+
+    def read(self, offset: int, length: int, out: list[bytes | memoryview]) -> None:
+        """Append `length` bytes from `offset` to `out`, as buffers that stay valid. The caller holds the lock.
+
+        Raises:
+            PageError: a page is damaged; `out` is as it was.
+        """
+        words = self._words
+        words[_READS] += 1
+        words[_READ_SECTORS] += length >> 9
+        first = offset >> PAGE_SHIFT
+        end = offset + length
+        if not (offset | length) & _PAGE_MASK:
+            self._load(first, end >> PAGE_SHIFT, out)
+            return
+        pages: list[bytes | memoryview] = []
+        self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages)
+        if end & _PAGE_MASK:
+            pages[-1] = memoryview(pages[-1])[: end & _PAGE_MASK]
+        if offset & _PAGE_MASK:
+            pages[0] = memoryview(pages[0])[offset & _PAGE_MASK :]
+        out += pages
+
+    def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
+        """Append the pages `first` to `end` - 1 to `out`."""
+        ready, table, pool, decompress = self._table.ready, self._table.words, self.pool, self._decompress
+        before = len(out)
+        for index in range(first, end):
+            entry = table[index] if ready[index >> _CHUNK_SHIFT] else 0
+            state = entry & _STATE_MASK
+            if state == _COMPRESSED:
+                data = pool.map(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
+                try:
+                    out.append(decompress(data))
+                except CodecError as error:
+                    del out[before:]
+                    self._words[Superblock.FAILED_READS] += 1
+                    raise PageError(f"page {index} is damaged: {error}") from error
+            elif state == _HUGE_STATE:
+                out.append(pool.map(entry & ENTRY_HANDLE_MASK, PAGE_SIZE).tobytes())
+            elif state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
+                out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
+            else:
+                out.append(_ZERO_PAGE)
+
+    def write(self, offset: int, data: memoryview, prepared: list[Prepared], compress: Compress) -> None:
+        """Write `data` at `offset`. The caller holds the lock.
+
+        `prepared` is what `prepare` made of the whole pages in `data`; pages covered in part are read, modified and
+        compressed here.
+
+        Raises:
+            NoSpaceError: no room for a page: it keeps its old contents, those before it are written, the rest is not.
+            PageError: a page covered in part is damaged.
+        """
+        words = self._words
+        words[_WRITES] += 1
+        words[_WRITE_SECTORS] += len(data) >> 9
+        try:
+            if not (offset | len(data)) & _PAGE_MASK:
+                self._store(offset >> PAGE_SHIFT, prepared)
+            else:
+                self._write_unaligned(offset, data, prepared, compress)
+        except (NoMemoryError, NoSpaceError) as error:
+            words[Superblock.FAILED_WRITES] += 1
+            raise NoSpaceError(str(error)) from error
+
+    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared], compress: Compress) -> None:
+        head, whole_end = whole_pages(offset, len(data))
+        if head:
+            self._modify(offset, data[:head], compress)
+        if whole_end > head:
+            self._store((offset + head) >> PAGE_SHIFT, prepared)
+        if whole_end < len(data):
+            self._modify(offset + whole_end, data[whole_end:], compress)
+
+    def _modify(self, offset: int, data: memoryview, compress: Compress) -> None:
+        """Write less than a page, inside one page."""
+        index, start = divmod(offset, PAGE_SIZE)
+        old: list[bytes | memoryview] = []
+        self._load(index, index + 1, old)
+        page = bytearray(old[0])
+        page[start : start + len(data)] = data
+        self._store(index, self.prepare(0, memoryview(page), compress))
+
+    def _store(self, index: int, prepared: list[Prepared]) -> None:
+        """Store pages from `index` on: new object first, then the entry, then the old object goes."""
+        if not prepared:
+            return
+        self._table.make_ready(index, index + len(prepared) - 1)
+        table, pool, limit = self._table.words, self.pool, self._limit_pages
+        for page in prepared:
+            if isinstance(page, int):
+                if page:
+                    self._elements.make_ready(index, index)
+                    self._elements.words[index] = page
+                    entry = _SAME_FILLED | ENTRY_HAS_ELEMENT
+                else:
+                    entry = _SAME_FILLED
+                self._same_pages += 1
+            else:
+                handle = pool.store(page)
+                used = pool.pages
+                if used > self._max_pages:
+                    self._max_pages = self._words[Superblock.MEM_USED_MAX] = used
+                if limit and used > limit:
+                    pool.free(handle)
+                    raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
+                length = len(page)
+                if length == PAGE_SIZE:
+                    entry = _HUGE | handle
+                    self._huge_pages += 1
+                    self._words[Superblock.HUGE_PAGES_SINCE] += 1
+                else:
+                    entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle
+                self._compr_data_size += length
+            old = table[index]
+            table[index] = entry
+            if old:
+                self._release(old)
+            self._pages_stored += 1
+            index += 1
+
+    def _release(self, entry: int) -> None:
+        """Free what an entry that is no longer in the table refers to."""
+        self._pages_stored -= 1
+        state = entry & _STATE_MASK
+        if state == _SAME_FILLED:
+            self._same_pages -= 1
+            return
+        self.pool.free(entry & ENTRY_HANDLE_MASK)
+        self._compr_data_size -= entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        if state == _HUGE_STATE:
+            self._huge_pages -= 1
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the whole pages in a range; they read as zeros. The caller holds the lock.
+
+        Pages covered in part are left alone. Each page counts one notify_free, allocated or not (Linux 6.18).
+        """
+        first = (offset + _PAGE_MASK) >> PAGE_SHIFT
+        end = (offset + length) >> PAGE_SHIFT
+        if end <= first:
+            return
+        self._words[Superblock.NOTIFY_FREE] += end - first
+        table, ready = self._table.words, self._table.ready
+        for chunk in range(first >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
+            if not ready[chunk]:
+                continue
+            low = max(first, chunk << _CHUNK_SHIFT)
+            high = min(end, (chunk + 1) << _CHUNK_SHIFT)
+            for index, entry in enumerate(table[low:high].tolist(), low):
+                if entry:
+                    table[index] = 0
+                    self._release(entry)
+
+    def write_zeroes(self, offset: int, length: int, compress: Compress) -> None:
+        """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.
+
+        Raises:
+            NoSpaceError: no room to rewrite a page covered in part.
+            PageError: such a page is damaged.
+        """
+        head, whole_end = whole_pages(offset, length)
+        try:
+            if head:
+                self._modify(offset, memoryview(bytes(head)), compress)
+            if whole_end < length:
+                self._modify(offset + whole_end, memoryview(bytes(length - whole_end)), compress)
+        except (NoMemoryError, NoSpaceError) as error:
+            self._words[Superblock.FAILED_WRITES] += 1
+            raise NoSpaceError(str(error)) from error
+        self.discard(offset, length)
+
+    def set_mem_limit(self, limit: int) -> None:
+        """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""
+        with self.lock:
+            self._limit_pages = self._words[Superblock.MEM_LIMIT] = -(-limit // PAGE_SIZE)
+
+    def reset_mem_used_max(self) -> None:
+        """Set the high-water mark to what is used now. Takes the lock."""
+        with self.lock:
+            self._max_pages = self._words[Superblock.MEM_USED_MAX] = self.pool.pages
+
+    def mm_stat(self) -> MmStat:
+        """Return the memory counters of one moment. Takes the lock."""
+        with self.lock:
+            return MmStat(
+                orig_data_size=self._pages_stored * PAGE_SIZE,
+                compr_data_size=self._compr_data_size,
+                mem_used_total=self.pool.pages * PAGE_SIZE,
+                mem_limit=self._limit_pages * PAGE_SIZE,
+                mem_used_max=self._max_pages * PAGE_SIZE,
+                same_pages=self._same_pages,
+                pages_compacted=self._words[Superblock.PAGES_COMPACTED],
+                huge_pages=self._huge_pages,
+                huge_pages_since=self._words[Superblock.HUGE_PAGES_SINCE],
+            )
+
+    def io_stat(self) -> IoStat:
+        """Return the failure and discard counters."""
+        words = self._words
+        return IoStat(words[Superblock.FAILED_READS], words[Superblock.FAILED_WRITES], 0, words[Superblock.NOTIFY_FREE])
+
+    def request_stat(self) -> RequestStat:
+        """Return the request counters."""
+        words = self._words
+        return RequestStat(
+            words[Superblock.READS],
+            words[Superblock.READ_SECTORS],
+            words[Superblock.WRITES],
+            words[Superblock.WRITE_SECTORS],
+        )
+
+    def recover(self) -> None:
+        """Rebuild the private state from the regions.
+
+        Raises:
+            StateError: the regions contradict themselves.
+        """
+        try:
+            recover(self.pool, self._scan())
+        except DamagedError as error:
+            raise StateError(f"the regions are damaged: {error}") from error
+
+    def entries(self) -> Iterator[tuple[int, int]]:
+        """Yield (page, entry) of each page that is not empty. The caller holds the lock."""
+        pages = self.disksize >> PAGE_SHIFT
+        for chunk, ready in enumerate(self._table.ready):
+            if ready:
+                low = chunk << _CHUNK_SHIFT
+                words = self._table.words[low : min(pages, low + (1 << _CHUNK_SHIFT))]
+                yield from ((index, entry) for index, entry in enumerate(words.tolist(), low) if entry)
+
+    def _scan(self) -> Iterator[tuple[int, int]]:
+        """Check and count every entry, and yield (handle, length) of those that hold an object."""
+        for index, entry in self.entries():
+            state = entry & _STATE_MASK
+            length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+            if entry & _NEVER_SET:
+                raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
+            self._pages_stored += 1
+            if state == _SAME_FILLED:
+                self._same_pages += 1
+                continue
+            if state == _HUGE_STATE and length == PAGE_SIZE:
+                self._huge_pages += 1
+            elif state != _COMPRESSED or not 0 < length < self._huge_limit:
+                raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
+            self._compr_data_size += length
+            yield entry & ENTRY_HANDLE_MASK, length
+
+
+def whole_pages(offset: int, length: int) -> tuple[int, int]:
+    """Return where the whole pages of a request start and end, in bytes from its start; equal if it has none.
+
+    What lies before the start is the end of a page, what lies after the end is the start of one (or a part of the
+    inside of one).
+    """
+    head = min(-offset & _PAGE_MASK, length)
+    return head, head + (length - head & ~_PAGE_MASK)

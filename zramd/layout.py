@@ -1,0 +1,115 @@
+"""The layout of a device's memory: the contract that every implementation of the hot path works on.
+
+A device is a directory of flat files (or memfds), each mapped shared. All words are 64 bits, little-endian.
+Everything here survives the daemon; what can be recomputed from it (fullness lists, in-use counts, statistics)
+is private memory of the process and is rebuilt at start.
+
+    superblock   one page           geometry, codecs, lifetime counters: see `Superblock`
+    page_table   8 bytes a page     the only commit record: a page is what its entry says
+    elements     8 bytes a page     the fill pattern of a same-filled page whose pattern is not zero; sparse
+    handles      8 bytes a handle   where an object lies now; compaction changes this word and nothing else
+    arena1..N    k pages a zspage   zspages of k pages, back to back: zspage z starts at byte z * k * 4096
+
+Page-table entry. 0 is an empty page, so that a hole in the file is an empty part of the device.
+
+     63      60 59  58 57  56 55   53 52         40 39                                  0
+    +----------+---+---+------+-------+-------------+------------------------------------+
+    | reserved | N | I | prio | state | stored size |     handle, or 1 = has element     |
+    +----------+---+---+------+-------+-------------+------------------------------------+
+      N: incompressible   I: idle   prio: which of the device's four codecs   size: 0..4096
+
+Handle word. A free handle's word links to the next free handle; this list, like every other, is rebuilt at start.
+
+     63                  32 31          16 15            1   0
+    +----------------------+--------------+---------------+---+
+    |        zspage        |  size class  | object index  | 1 |   in use
+    +----------------------+--------------+---------------+---+
+    |                 next free handle, 0: none           | 0 |   free
+    +-----------------------------------------------------+---+
+
+Object. In a class that is not huge, an object starts with one word, as in the kernel:
+
+    in use:  handle << 1 | 1, then the payload
+    free:    (index of the next free object + 1) << 1; the list of a zspage is LIFO
+
+An object of the huge class is a whole page without that word. Objects that were never allocated in the life of their
+zspage hold whatever was there before; the private count `fresh` bounds them.
+
+Crash rule. A write allocates an object and its handle, copies the payload in, stores the page-table entry (one aligned
+8-byte store), and only then frees what the old entry held. An object that no entry reaches is free.
+An element is stored before the entry that refers to it; where only the pattern changes, the element is the commit.
+"""
+
+from enum import IntEnum
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+WORD = 8
+"""Bytes in a word; also the size of an object's header (the kernel's ZS_HANDLE_SIZE)."""
+
+
+class PageState(IntEnum):
+    """What a page-table entry refers to."""
+
+    EMPTY = 0
+    SAME_FILLED = 1
+    COMPRESSED = 2
+    HUGE = 3
+    WRITTEN_BACK = 4
+
+
+ENTRY_HANDLE_MASK = (1 << 40) - 1
+ENTRY_SIZE_SHIFT = 40
+ENTRY_SIZE_MASK = 0x1FFF
+ENTRY_STATE_SHIFT = 53
+ENTRY_STATE_MASK = 0x7
+ENTRY_PRIORITY_SHIFT = 56
+ENTRY_PRIORITY_MASK = 0x3
+ENTRY_IDLE = 1 << 58
+ENTRY_INCOMPRESSIBLE = 1 << 59
+ENTRY_RESERVED_MASK = 0xF << 60
+ENTRY_HAS_ELEMENT = 1
+
+HANDLE_IN_USE = 1
+HANDLE_INDEX_SHIFT = 1
+HANDLE_INDEX_MASK = 0x7FFF
+HANDLE_CLASS_SHIFT = 16
+HANDLE_CLASS_MASK = 0xFFFF
+HANDLE_ZSPAGE_SHIFT = 32
+
+HEADER_IN_USE = 1
+
+
+class Superblock(IntEnum):
+    """Word offsets in the superblock page. `MAGIC` is stored last when a device is made.
+
+    A codec is 6 words: 2 of name (ASCII, zero-filled), 1 of level + 2**63, 3 reserved. There is room for four, one
+    for each priority; an unset one is all zeros.
+    """
+
+    MAGIC = 0
+    VERSION = 1
+    PAGE_SIZE = 2
+    DISKSIZE = 3  # bytes
+    CHAIN_SIZE = 4  # pages
+    FIT_RULE = 5
+    UUID = 6  # two words
+    MEM_LIMIT = 8  # pages, 0: none
+    CODECS = 16  # four times six words
+    # Lifetime counters, brought up to date once for each batch of requests.
+    MEM_USED_MAX = 64  # pages
+    PAGES_COMPACTED = 65
+    HUGE_PAGES_SINCE = 66
+    FAILED_READS = 67
+    FAILED_WRITES = 68
+    NOTIFY_FREE = 69
+    READS = 70  # requests
+    READ_SECTORS = 71  # of 512 bytes
+    WRITES = 72
+    WRITE_SECTORS = 73
+
+
+MAGIC = int.from_bytes(b"zramd\x00SB", "little")
+VERSION = 1
+CODEC_NAME_WORDS = 2
+CODEC_LEVEL_BIAS = 1 << 63

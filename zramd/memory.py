@@ -1,0 +1,226 @@
+"""Regions of shared memory: create, open, populate, give back to the OS.
+
+A region is one sparse file, on tmpfs or as a memfd, mapped whole. Nobody writes to a part of it that was not
+populated first: a first touch that the file system has no room for would be a SIGBUS, populating it is an error.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from zramd.layout import PAGE_SIZE, WORD
+
+MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class NoMemoryError(Exception):
+    """The machine or the file system that holds the regions has no room left."""
+
+
+class Region:
+    """One mapped file of `size` bytes (a multiple of 4096).
+
+    `bytes` and `words` are views of the whole mapping; `words` is little-endian 64-bit as the layout asks, which is
+    why only little-endian machines are supported.
+    """
+
+    def __init__(self, fd: int, size: int, name: str) -> None:
+        self.fd = fd
+        self.size = size
+        self.name = name
+        try:
+            self.map = mmap.mmap(fd, size)
+        except OSError as error:
+            os.close(fd)
+            raise NoMemoryError(f"cannot map {size} bytes for {name}: {error.strerror}") from error
+        # What lies here is other processes' memory: it has no place in a core dump.
+        self.map.madvise(mmap.MADV_DONTDUMP)
+        self.bytes = memoryview(self.map)
+        self.words = self.bytes.cast("Q")
+
+    def populate(self, offset: int, length: int) -> None:
+        """Allocate and map `length` bytes from `offset` (both multiples of 4096).
+
+        Raises:
+            NoMemoryError: there is no room; a part may have been allocated, and the next try takes it over.
+        """
+        try:
+            self.map.madvise(MADV_POPULATE_WRITE, offset, length)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise NoMemoryError("the kernel cannot populate memory: Linux 5.14 or newer is needed") from error
+            raise NoMemoryError(f"no memory left to grow {self.name} by {length} bytes") from error
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give `length` bytes from `offset` back to the OS; they read as zeros.
+
+        fallocate, not madvise: a hole can be punched in locked memory too.
+
+        Raises:
+            OSError: the file system cannot punch holes.
+        """
+        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        if _libc.fallocate64(self.fd, mode, offset, length):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot punch a hole in {self.name}: {os.strerror(code)}")
+
+    def data_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of each part that is populated, in bytes. The rest reads as zeros.
+
+        Reading a hole of a shared mapping would allocate it; asking the file system does not.
+        """
+        end = 0
+        while True:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = os.lseek(self.fd, start, os.SEEK_HOLE)
+            yield start, end
+
+    def sync(self) -> None:
+        """Write the region to its medium. On tmpfs and for a memfd there is none."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Unmap. Views taken from the region must have been released."""
+        self.words.release()
+        self.bytes.release()
+        self.map.close()
+        os.close(self.fd)
+
+
+class SparseTable:
+    """A region with a fixed number of bytes for each page of the device, populated in chunks when first stored to.
+
+    `ready[index >> CHUNK_SHIFT]` says whether the words around `index` may be touched. A chunk that is not ready is
+    all zeros and must not be read either, because reading it would allocate it.
+    """
+
+    CHUNK_SHIFT = 13
+    CHUNK_BYTES = WORD << CHUNK_SHIFT
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.words = region.words
+        self.ready = bytearray(-(-region.size // self.CHUNK_BYTES))
+        for start, end in region.data_ranges():
+            # A chunk that is populated in part (a crash in the middle of growing) is completed.
+            for chunk in range(start // self.CHUNK_BYTES, -(-end // self.CHUNK_BYTES)):
+                self._populate(chunk)
+
+    def _populate(self, chunk: int) -> None:
+        offset = chunk * self.CHUNK_BYTES
+        self.region.populate(offset, min(self.CHUNK_BYTES, self.region.size - offset))
+        self.ready[chunk] = 1
+
+    def make_ready(self, first: int, last: int) -> None:
+        """Make the words `first` to `last` (inclusive) fit to store to.
+
+        Raises:
+            NoMemoryError: there is no room; what was ready stays so.
+        """
+        for chunk in range(first >> self.CHUNK_SHIFT, (last >> self.CHUNK_SHIFT) + 1):
+            if not self.ready[chunk]:
+                self._populate(chunk)
+
+
+class RegionStore:
+    """Where the regions of one device live: a private directory, or memfds that die with the process."""
+
+    def __init__(self, directory: Path | None) -> None:
+        """Take the directory for this process, or (None) use memfds.
+
+        Raises:
+            OSError: the directory cannot be made, is not private, or another process has it.
+        """
+        if sys.byteorder != "little":
+            raise OSError(errno.ENOTSUP, "the layout of the regions is little-endian; this machine is not")
+        self.directory = directory
+        self._lock = -1
+        if directory is None:
+            return
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            info = os.fstat(self._lock)
+            if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+                raise OSError(errno.EACCES, f"{directory} must belong to you and be private: chown it and chmod 700")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise OSError(
+                errno.EBUSY,
+                f"another zramd serves {directory}: stop it, or choose another --state or --volatile",
+            ) from error
+        except OSError:
+            os.close(self._lock)
+            raise
+
+    def exists(self, name: str) -> bool:
+        """Say whether a region of this name is kept here."""
+        return self.directory is not None and (self.directory / name).exists()
+
+    def open(self, name: str, size: int, *, create: bool) -> Region:
+        """Map the region `name` of `size` bytes, new and empty if `create`.
+
+        Raises:
+            OSError: the file is missing, has another size, or cannot be made.
+            NoMemoryError: it cannot be mapped.
+        """
+        if self.directory is None:
+            fd = os.memfd_create(f"zramd-{name}")
+        else:
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+            if create:
+                flags |= os.O_CREAT | os.O_TRUNC
+            fd = os.open(self.directory / name, flags, 0o600)
+        try:
+            if create:
+                os.ftruncate(fd, size)
+            elif os.fstat(fd).st_size != size:
+                found = os.fstat(fd).st_size
+                raise OSError(errno.EINVAL, f"{self.directory}/{name} has {found} bytes instead of {size}")
+        except OSError:
+            os.close(fd)
+            raise
+        return Region(fd, size, name)
+
+    def on_disk(self) -> bool:
+        """Say whether the regions outlive a power cut, so that a flush has something to do."""
+        return self.directory is not None and not is_memory_backed(self.directory)
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def is_memory_backed(path: Path) -> bool:
+    """Say whether `path` (which exists) lies on tmpfs or ramfs, by the kernel's mount table."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+    return False
+
+
+def round_up_to_page(size: int) -> int:
+    """Round a number of bytes up to whole pages."""
+    return -(-size // PAGE_SIZE) * PAGE_SIZE

@@ -1,0 +1,1 @@
+"""The NBD protocol: framing, handshake, transmission, listeners."""

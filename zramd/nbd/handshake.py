@@ -1,0 +1,183 @@
+"""The fixed newstyle handshake, from the greeting to the choice of an export."""
+
+import socket
+from collections.abc import Callable
+
+from zramd.nbd.export import MAXIMUM_PAYLOAD, MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
+from zramd.nbd.protocol import (
+    CLIENT_FLAGS,
+    EXPORT,
+    EXPORT_NAME_PADDING,
+    GREETING,
+    IHAVEOPT,
+    INFO_BLOCK_SIZE,
+    INFO_EXPORT,
+    MAX_NAME,
+    NBDMAGIC,
+    OPTION,
+    OPTION_REPLY,
+    OPTION_REPLY_MAGIC,
+    U16,
+    U32,
+    HandshakeFlag,
+    Info,
+    Option,
+    OptionReply,
+)
+
+MAX_OPTION_LENGTH = 1 << 20
+"""Bytes of data in an option. Nothing legal is that long; a longer one ends the session."""
+MAX_OPTIONS = 1024
+"""Options in one handshake."""
+
+
+class SessionError(Exception):
+    """The client broke the protocol, or left: this session ends, and nothing else does."""
+
+
+class _InvalidError(Exception):
+    """An option's data contradict themselves: an error reply, and the handshake goes on."""
+
+
+def receive(sock: socket.socket, length: int) -> bytes:
+    """Receive exactly `length` bytes.
+
+    Raises:
+        SessionError: the client closed the connection first.
+    """
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = sock.recv_into(view)
+        if not count:
+            raise SessionError("the client left during the handshake")
+        view = view[count:]
+    return bytes(data)
+
+
+class Handshake:
+    """One handshake on a connected socket."""
+
+    def __init__(self, sock: socket.socket, exports: Exports) -> None:
+        self._sock = sock
+        self._exports = exports
+        self._no_zeroes = False
+        self._fixed = False
+
+    def run(self) -> Export | None:
+        """Negotiate. Return the export to serve, or None if the client said it is done.
+
+        Raises:
+            SessionError: the client broke the protocol or left.
+            OSError: the connection failed.
+        """
+        offered = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+        self._sock.sendall(GREETING.pack(NBDMAGIC, IHAVEOPT, offered))
+        (flags,) = CLIENT_FLAGS.unpack(receive(self._sock, CLIENT_FLAGS.size))
+        if flags & ~offered:
+            raise SessionError(f"the client set unknown flags {flags:#x}")
+        self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
+        self._fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
+        for _ in range(MAX_OPTIONS):
+            magic, option, length = OPTION.unpack(receive(self._sock, OPTION.size))
+            if magic != IHAVEOPT:
+                raise SessionError(f"an option starts with {magic:#x}")
+            if length > MAX_OPTION_LENGTH:
+                raise SessionError(f"an option of {length} bytes is too long")
+            data = receive(self._sock, length)
+            if option == Option.EXPORT_NAME:
+                return self._export_name(data)
+            if not self._fixed:
+                raise SessionError(f"option {option} from a client that does not speak fixed newstyle")
+            if option == Option.ABORT:
+                self._reply(option, OptionReply.ACK)
+                return None
+            export = self._option(option, data)
+            if export is not None:
+                return export
+        raise SessionError(f"more than {MAX_OPTIONS} options")
+
+    def _reply(self, option: int, reply: OptionReply, data: bytes = b"") -> None:
+        self._sock.sendall(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
+
+    def _option(self, option: int, data: bytes) -> Export | None:
+        """Answer an option. Return an export if transmission follows."""
+        answer: dict[int, Callable[[bytes], Export | None]] = {
+            Option.LIST: self._list,
+            Option.INFO: self._info,
+            Option.GO: self._go,
+        }
+        try:
+            if option not in answer:
+                self._reply(option, OptionReply.ERR_UNSUP, b"this server does not know the option")
+                return None
+            return answer[option](data)
+        except _InvalidError as error:
+            self._reply(option, OptionReply.ERR_INVALID, str(error).encode())
+            return None
+
+    def _export_name(self, data: bytes) -> Export:
+        export = self._exports.find(_decode_name(data)) if len(data) <= MAX_NAME else None
+        if export is None:
+            # The protocol has no error reply to this option.
+            raise SessionError("no such export")
+        reply = EXPORT.pack(export.device.disksize, export.flags)
+        self._sock.sendall(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
+        return export
+
+    def _list(self, data: bytes) -> None:
+        if data:
+            raise _InvalidError("LIST takes no data")
+        for export in self._exports:
+            name, description = export.name.encode(), export.description.encode()
+            self._reply(Option.LIST, OptionReply.SERVER, U32.pack(len(name)) + name + description)
+        self._reply(Option.LIST, OptionReply.ACK)
+
+    def _info(self, data: bytes) -> None:
+        self._describe(Option.INFO, data)
+
+    def _go(self, data: bytes) -> Export | None:
+        return self._describe(Option.GO, data)
+
+    def _describe(self, option: Option, data: bytes) -> Export | None:
+        name, wanted = _parse_info_request(data)
+        export = self._exports.find(name)
+        if export is None:
+            self._reply(option, OptionReply.ERR_UNKNOWN, b"no such export")
+            return None
+        self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, export.device.disksize, export.flags))
+        if Info.NAME in wanted:
+            self._reply(option, OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode())
+        if Info.DESCRIPTION in wanted:
+            self._reply(option, OptionReply.INFO, U16.pack(Info.DESCRIPTION) + export.description.encode())
+        # Always, as nbdkit does: a client that did not ask may still profit from it.
+        sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD)
+        self._reply(option, OptionReply.INFO, sizes)
+        self._reply(option, OptionReply.ACK)
+        return export
+
+
+def _parse_info_request(data: bytes) -> tuple[str, set[int]]:
+    """Split the data of INFO and GO: u32 name length, name, u16 count, count times u16 information type."""
+    if len(data) < U32.size + U16.size:
+        raise _InvalidError("the option is too short")
+    (length,) = U32.unpack_from(data)
+    if length > len(data) - U32.size - U16.size or length > MAX_NAME:
+        raise _InvalidError("the export name is longer than the option or than 4096 bytes")
+    end = U32.size + length
+    (count,) = U16.unpack_from(data, end)
+    end += U16.size
+    if len(data) != end + count * U16.size:
+        raise _InvalidError("the option's length is not that of its parts")
+    wanted = {U16.unpack_from(data, end + number * U16.size)[0] for number in range(count)}
+    return _decode_name(data[U32.size : U32.size + length]), wanted
+
+
+def _decode_name(data: bytes) -> str:
+    try:
+        name = data.decode()
+    except UnicodeDecodeError as error:
+        raise _InvalidError("the export name is not UTF-8") from error
+    if "\0" in name:
+        raise _InvalidError("the export name has a NUL in it")
+    return name

@@ -1,0 +1,187 @@
+"""Listeners and connections: one thread accepts on each listener, one serves each connection."""
+
+import errno
+import logging
+import os
+import socket
+import threading
+from pathlib import Path
+
+from zramd.nbd.export import Exports
+from zramd.nbd.handshake import Handshake, SessionError
+from zramd.nbd.transmission import Transmission
+
+HANDSHAKE_SECONDS = 10.0
+"""A client that has not chosen an export by then is disconnected."""
+SEND_BUFFER = 4 << 20
+"""Bytes that a socket takes before a send blocks; the default of 208 KiB would block a long reply several times."""
+
+log = logging.getLogger(__name__)
+
+
+class ListenError(Exception):
+    """An address cannot be listened on."""
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Listen on a Unix socket that only its owner may use. The socket of a server that has died is taken over.
+
+    Raises:
+        ListenError: the path is taken or cannot be used.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before bind: the file then never exists with another mode.
+        os.fchmod(sock.fileno(), 0o600)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            sock.bind(str(path))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            path.unlink()
+            sock.bind(str(path))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        hint = "another server listens there" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise ListenError(f"cannot listen on {path}: {hint}") from error
+    return sock
+
+
+def _is_stale(path: Path) -> bool:
+    """Say whether a path is a socket that nobody listens on."""
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen on a TCP address.
+
+    Raises:
+        ListenError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return sock
+
+
+class Server:
+    """Serves exports on any number of listeners until it is stopped."""
+
+    def __init__(self, exports: Exports) -> None:
+        self._exports = exports
+        self._lock = threading.Lock()
+        self._listeners: list[socket.socket] = []
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._stopping = False
+
+    @property
+    def connections(self) -> int:
+        """Return how many clients are connected."""
+        return len(self._connections)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept connections on a listener, in a thread of its own."""
+        self._listeners.append(listener)
+        threading.Thread(target=self._accept, args=(listener,), name="nbd-accept", daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return
+                log.warning("cannot accept a connection: %s", error)
+                # Out of descriptors or memory: what is connected goes on, and the next try comes a little later.
+                threading.Event().wait(0.1)
+                continue
+            thread = threading.Thread(target=self._serve_connection, args=(sock,), name="nbd", daemon=True)
+            with self._lock:
+                if self._stopping:
+                    sock.close()
+                    return
+                self._connections[sock] = thread
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("cannot serve a connection: %s", error)
+                self._forget(sock)
+
+    def _serve_connection(self, sock: socket.socket) -> None:
+        try:
+            _tune(sock)
+            sock.settimeout(HANDSHAKE_SECONDS)
+            export = Handshake(sock, self._exports).run()
+            if export is not None:
+                sock.settimeout(None)
+                Transmission(sock, export).run()
+        except SessionError as error:
+            log.warning("connection ended: %s", error)
+        except OSError as error:
+            log.info("connection lost: %s", error)
+        except Exception:
+            log.exception("connection ended by a defect of the server")
+        finally:
+            self._forget(sock)
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._connections.pop(sock, None)
+        sock.close()
+
+    def stop(self, seconds: float) -> bool:
+        """Stop listening, let each connection answer what it has received, and wait up to `seconds` for that.
+
+        Return whether all connections ended in time; those that did not are cut off.
+        """
+        with self._lock:
+            self._stopping = True
+            connections = dict(self._connections)
+        for listener in self._listeners:
+            # shutdown, since closing alone does not wake a thread that waits in accept.
+            _shutdown(listener, socket.SHUT_RDWR)
+            listener.close()
+        for sock in connections:
+            _shutdown(sock, socket.SHUT_RD)
+        for thread in connections.values():
+            thread.join(seconds / max(1, len(connections)))
+        late = [sock for sock, thread in connections.items() if thread.is_alive()]
+        for sock in late:
+            _shutdown(sock, socket.SHUT_RDWR)
+            connections[sock].join(seconds / len(late))
+        return not late
+
+
+def _shutdown(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError as error:
+        # The client, or the connection's own thread, was faster.
+        log.debug("shutdown: %s", error)
+
+
+def _tune(sock: socket.socket) -> None:
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

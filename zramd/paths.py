@@ -1,0 +1,57 @@
+"""Where sockets and regions lie when nothing else is asked for."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from zramd.memory import is_memory_backed
+
+DEVICE_NAME = "zram0"
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (used only through private_directory)
+
+
+def runtime_directory() -> Path:
+    """Return the directory for sockets: /run/zramd for root, else the user's own."""
+    if os.geteuid() == 0:
+        return Path("/run/zramd")
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    candidate = Path(given) if given else Path(f"/run/user/{os.geteuid()}")
+    return candidate / "zramd" if candidate.is_dir() else _shared_memory_directory()
+
+
+def state_directory() -> Path:
+    """Return the directory for the regions: in the runtime directory if that is in memory, else under /dev/shm.
+
+    Raises:
+        OSError: neither can be used.
+    """
+    runtime = runtime_directory()
+    existing = next(parent for parent in (runtime, *runtime.parents) if parent.exists())
+    if is_memory_backed(existing):
+        return runtime / DEVICE_NAME
+    shared = _shared_memory_directory()
+    private_directory(shared)
+    return shared / DEVICE_NAME
+
+
+def private_directory(path: Path) -> None:
+    """Make a directory that only its owner may enter, or check that it is one.
+
+    Raises:
+        OSError: it is somebody else's, or open to others.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise OSError(errno.EACCES, f"{path} must be a directory of yours with mode 0700")
+
+
+def status_sockets() -> list[Path]:
+    """Return the sockets on which a server of this user, or of the system, may answer."""
+    directories = dict.fromkeys((runtime_directory(), Path("/run/zramd")))
+    return [path for directory in directories for path in sorted(directory.glob("*.status"))]
+
+
+def _shared_memory_directory() -> Path:
+    return SHARED_MEMORY / f"zramd-{os.geteuid()}"

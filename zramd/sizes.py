@@ -1,0 +1,47 @@
+"""Sizes as people write them, as the kernel reads them, and as zramctl prints them."""
+
+import re
+
+_HUMAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(iB|B)?\s*", re.IGNORECASE)
+_KERNEL = re.compile(r"\s*(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([KMGTPEkmgtpe]?)")
+_EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` means: a number with an optional suffix K, M, G, T (of 1024), KiB, MiB and so on.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    match = _HUMAN.fullmatch(text)
+    if match is None or (match[3] and match[3].upper() == "B" and match[2]):
+        raise ValueError(f"{text!r} is not a size: write bytes, or a number with K, M, G, T, KiB, MiB, GiB or TiB")
+    number, suffix = match[1], match[2].upper()
+    factor = 1 << _EXPONENTS[suffix]
+    return int(float(number) * factor) if "." in number else int(number) * factor
+
+
+def memparse(text: str) -> int:
+    """Return the bytes that `text` means to the kernel's memparse: hex and octal by C prefix, the rest is ignored.
+
+    Raises:
+        ValueError: it does not start with a number.
+    """
+    match = _KERNEL.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} does not start with a number")
+    digits = match[1]
+    base = 16 if digits[:2] in ("0x", "0X") else 8 if digits.startswith("0") else 10
+    return int(digits, base) << _EXPONENTS[match[2].upper()]
+
+
+def format_size(size: int) -> str:
+    """Format bytes as util-linux does: one letter, at most one decimal, `0B 904M 2.3G`."""
+    exponent, suffix = 0, "B"
+    for letter, shift in _EXPONENTS.items():
+        if letter and size >= 1 << shift:
+            exponent, suffix = shift, letter
+    tenths = (size * 10 + (1 << exponent >> 1)) >> exponent
+    if tenths >= 10240 and suffix != "E":
+        return format_size(1 << (exponent + 10))
+    return f"{tenths // 10}{suffix}" if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}{suffix}"

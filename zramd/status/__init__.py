@@ -1,0 +1,1 @@
+"""The status socket: attributes in, sysfs-style text or JSON out; and its client."""

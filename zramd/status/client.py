@@ -1,0 +1,66 @@
+"""The client of the status socket, and how it finds the server."""
+
+import socket
+from pathlib import Path
+
+from zramd.paths import status_sockets
+
+SECONDS = 10.0
+
+
+class StatusError(Exception):
+    """No server answers, or it refused."""
+
+
+def find_server() -> Path:
+    """Return the status socket of the one server that runs.
+
+    Raises:
+        StatusError: none runs, or several do.
+    """
+    alive = [path for path in status_sockets() if _answers(path)]
+    if len(alive) == 1:
+        return alive[0]
+    if not alive:
+        raise StatusError("no running server found: start one with `zramd serve`, or name it with --status PATH")
+    raise StatusError(f"several servers run; choose one with --status: {' '.join(map(str, alive))}")
+
+
+def _answers(path: Path) -> bool:
+    try:
+        _connect(path).close()
+    except OSError:
+        return False
+    return True
+
+
+def _connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(SECONDS)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def ask(path: Path, request: str) -> str:
+    """Send one request and return the answer, without the blank line that ends it.
+
+    Raises:
+        StatusError: the server cannot be reached, or it refused.
+    """
+    try:
+        with _connect(path) as sock:
+            sock.sendall(request.encode() + b"\n")
+            sock.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    except OSError as error:
+        raise StatusError(f"no server answers at {path}: {error.strerror or error}") from error
+    if not answer.endswith(b"\n"):
+        raise StatusError(f"the server at {path} closed the connection without an answer")
+    text = answer[:-1].decode()
+    if text.startswith("error: "):
+        raise StatusError(text.removeprefix("error: ").rstrip("\n"))
+    return text

@@ -1,0 +1,7 @@
+"""The zsmalloc allocator on flat shared regions. It knows nothing of blocks, codecs or NBD."""
+
+from zramd.zsmalloc.classes import FitRule, Geometry, SizeClass, geometry
+from zramd.zsmalloc.pool import Pool
+from zramd.zsmalloc.recovery import DamagedError, recover
+
+__all__ = ["DamagedError", "FitRule", "Geometry", "Pool", "SizeClass", "geometry", "recover"]
