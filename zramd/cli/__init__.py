@@ -1,25 +1,40 @@
 """The `zramd` command: one module for each group of verbs."""
 
+import importlib
+
 import click
 
 from zramd import __version__
-from zramd.cli.serve import serve
-from zramd.cli.stat import set_attributes, stat, status
+
+_VERBS = {
+    "serve": "zramd.cli.serve:serve",
+    "status": "zramd.cli.stat:status",
+    "stat": "zramd.cli.stat:stat",
+    "set": "zramd.cli.stat:set_attributes",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Verbs(click.Group):
+    """Imports a verb when it is used: a client verb starts without the codecs and the server."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _VERBS:
+            return None
+        module, name = _VERBS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", message="zramd %(version)s")
 def main() -> None:
-    r"""Serve a compressed block device in memory over NBD: a userspace zram.
+    """Serve a compressed block device in memory over NBD: a userspace zram.
 
     \b
     Start one and look at it:
       zramd serve --size 4G --algorithm zstd
       zramd status
     """
-
-
-main.add_command(serve)
-main.add_command(status)
-main.add_command(stat)
-main.add_command(set_attributes)

@@ -1,4 +1,4 @@
-"""Option types, and the option that every client verb has."""
+"""Option types that several verbs use, and the option that every client verb has."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import click
 
-from zramd.device.codecs import Codec, parse_codec
 from zramd.sizes import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,21 +22,6 @@ class Size(click.ParamType[int]):
             return value
         try:
             return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Algorithm(click.ParamType[Codec]):
-    """The name of a codec, with or without a level."""
-
-    name = "algorithm"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Codec:
-        """Return the codec."""
-        if isinstance(value, Codec):
-            return value
-        try:
-            return parse_codec(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

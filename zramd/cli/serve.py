@@ -3,15 +3,31 @@
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from zramd.cli.options import Address, Algorithm, Size
+from zramd.cli.options import Address, Size
 from zramd.daemon import DaemonError, Settings, run
-from zramd.device.codecs import Codec
+from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
 from zramd.paths import DEVICE_NAME, runtime_directory, state_directory
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
+
+
+class Algorithm(click.ParamType[Codec]):
+    """The name of a codec, with or without a level."""
+
+    name = "algorithm"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Codec:
+        """Return the codec."""
+        if isinstance(value, Codec):
+            return value
+        try:
+            return parse_codec(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command()
@@ -43,7 +59,7 @@ def serve(
     mem_limit: int | None,
     chain_size: int | None,
 ) -> None:
-    r"""Serve a compressed disk over NBD until SIGINT or SIGTERM.
+    """Serve a compressed disk over NBD until SIGINT or SIGTERM.
 
     Without options: 1 GiB, lz4, with its sockets and its memory in your runtime directory (/run/zramd for root,
     $XDG_RUNTIME_DIR/zramd for others; the memory goes to /dev/shm where that is not a tmpfs). What was written is

@@ -21,7 +21,7 @@ def _ask(socket: Path | None, request: str) -> str:
 @click.argument("name")
 @status_option
 def stat(name: str, socket: Path | None) -> None:
-    r"""Print the attribute NAME of a running server, as the kernel prints it for zram.
+    """Print the attribute NAME of a running server, as the kernel prints it for zram.
 
     Sizes are in bytes. Names: mm_stat io_stat stat disksize comp_algorithm mem_limit mem_used_max initstate, and json
     for everything at once.
@@ -37,7 +37,7 @@ def stat(name: str, socket: Path | None) -> None:
 @click.argument("assignments", metavar="NAME=VALUE...", nargs=-1, required=True)
 @status_option
 def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
-    r"""Change attributes of a running server.
+    """Change attributes of a running server.
 
     mem_limit takes a size (K, M, G of 1024), 0 for none. mem_used_max takes 0: the peak starts from the current use.
 
@@ -55,7 +55,7 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
 @click.command()
 @status_option
 def status(socket: Path | None) -> None:
-    r"""Show a running server in a table for people.
+    """Show a running server in a table for people.
 
     DATA is what was written and not discarded, COMPR what it is compressed to, TOTAL the memory that takes, and RATIO
     is DATA / TOTAL. Sizes: K, M, G are of 1024.

@@ -1,0 +1,74 @@
+"""What many tests start from: a device in this process, and a server in another."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from zramd.device.codecs import codec
+from zramd.device.opening import OpenDevice, Wanted
+from zramd.memory import RegionStore
+from zramd.status.client import ask
+
+
+@dataclass
+class ServerProcess:
+    """A `zramd serve` of a test's own."""
+
+    process: subprocess.Popen[str]
+    unix: Path
+    status: Path
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.unix}"
+
+    def ask(self, request: str) -> str:
+        """Ask the status socket."""
+        return ask(self.status, request)
+
+    def mm_stat(self) -> list[int]:
+        return [int(field) for field in self.ask("mm_stat").split()]
+
+    def stop(self) -> tuple[int, str]:
+        """End the server as a user would. Return its exit status and what it wrote to standard error."""
+        self.process.terminate()
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors
+
+
+def start_server(directory: Path, *options: str, volatile: bool = True) -> ServerProcess:
+    """Start a server with its sockets in `directory`, and wait until it serves."""
+    unix, status = directory / "zram0.nbd", directory / "zram0.status"
+    command = [sys.executable, "-m", "zramd", "serve", "--unix", str(unix), "--status", str(status), *options]
+    if volatile:
+        command.append("--volatile")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not status.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            _, errors = process.communicate()
+            pytest.fail(f"the server did not start: {errors}")
+        time.sleep(0.01)
+    return ServerProcess(process, unix, status)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    """Return a volatile server of 64 MiB, and check at the end that it was still well."""
+    running = start_server(tmp_path, "--size", "64M")
+    yield running
+    assert running.stop() == (0, "")
+
+
+@pytest.fixture
+def opened() -> Iterator[OpenDevice]:
+    """Return a volatile lz4 device of 64 MiB in this process."""
+    device = OpenDevice(RegionStore(None), Wanted(disksize=64 << 20, codec=codec("lz4")))
+    yield device
+    device.close()
