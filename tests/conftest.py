@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.memory import RegionStore
 from zramd.status.client import ask
+
+# Time per example says nothing on a machine that does other things too.
+settings.register_profile("zramd", deadline=None)
+settings.load_profile("zramd")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import re
 
-_HUMAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(iB|B)?\s*", re.IGNORECASE)
+_HUMAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(iB|B)?\s*", re.ASCII | re.IGNORECASE)
 _KERNEL = re.compile(r"\s*(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([KMGTPEkmgtpe]?)")
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 

@@ -13,7 +13,7 @@ from zramd.layout import (
     WORD,
     Superblock,
 )
-from zramd.zsmalloc import FitRule
+from zramd.zsmalloc import FitRule, geometry
 
 
 class StateError(Exception):
@@ -65,6 +65,7 @@ def load_identity(words: memoryview) -> Identity | None:
     identity = b"".join(words[Superblock.UUID + word].to_bytes(WORD, "little") for word in range(2))
     level = words[Superblock.CODECS + CODEC_NAME_WORDS] - CODEC_LEVEL_BIAS
     try:
+        geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
             disksize=words[Superblock.DISKSIZE],
             codec=codec(raw.rstrip(b"\0").decode("ascii"), level),

@@ -377,8 +377,8 @@ class Device:
         for chunk, ready in enumerate(self._table.ready):
             if ready:
                 low = chunk << _CHUNK_SHIFT
-                words = self._table.words[low : min(pages, low + (1 << _CHUNK_SHIFT))]
-                yield from ((index, entry) for index, entry in enumerate(words.tolist(), low) if entry)
+                chunk_entries = self._table.words[low : min(pages, low + (1 << _CHUNK_SHIFT))].tolist()
+                yield from ((index, entry) for index, entry in enumerate(chunk_entries, low) if entry)
 
     def _scan(self) -> Iterator[tuple[int, int]]:
         """Check and count every entry, and yield (handle, length) of those that hold an object."""

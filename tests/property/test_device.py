@@ -1,0 +1,201 @@
+"""The device against a plain bytearray, and its counters against a recount from the regions."""
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from zramd.device.codecs import codec
+from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.zram import Device, MmStat, NoSpaceError
+from zramd.layout import (
+    ENTRY_HANDLE_MASK,
+    ENTRY_SIZE_MASK,
+    ENTRY_SIZE_SHIFT,
+    ENTRY_STATE_MASK,
+    ENTRY_STATE_SHIFT,
+    PAGE_SIZE,
+    PageState,
+)
+from zramd.memory import RegionStore
+
+PAGES = 96
+SIZE = PAGES * PAGE_SIZE
+
+offsets = st.integers(0, SIZE - 1)
+lengths = st.one_of(st.integers(0, 3 * PAGE_SIZE), st.integers(0, 24).map(lambda pages: pages * PAGE_SIZE))
+contents = st.sampled_from(["zero", "pattern", "short pattern", "text", "half", "random"])
+
+
+def make_data(kind: str, seed: int, length: int) -> bytearray:
+    generator = random.Random(seed)
+    if kind == "zero":
+        return bytearray(length)
+    if kind == "pattern":
+        return bytearray(generator.randbytes(8) * (length // 8 + 1))[:length]
+    if kind == "short pattern":
+        return bytearray(generator.randbytes(16) * (length // 16 + 1))[:length]
+    if kind == "text":
+        words = [b"page", b"slot", b"handle", b"zspage", b"class", b"huge"]
+        return bytearray(b" ".join(generator.choice(words) for _ in range(length)))[:length]
+    if kind == "half":
+        return bytearray(b"".join(generator.randbytes(2048) + bytes(2048) for _ in range(length // PAGE_SIZE + 1)))[
+            :length
+        ]
+    return bytearray(generator.randbytes(length))
+
+
+def write(device: Device, offset: int, data: bytearray) -> None:
+    compress = device.compressor()
+    view = memoryview(data)
+    prepared = device.prepare(offset, view, compress)
+    with device.lock:
+        device.write(offset, view, prepared, compress)
+
+
+def read(device: Device, offset: int, length: int) -> bytes:
+    out: list[bytes | memoryview] = []
+    with device.lock:
+        device.read(offset, length, out)
+    return b"".join(out)
+
+
+def recount(device: Device, before: MmStat) -> MmStat:
+    """Count everything anew from the page table and the pool's zspages; lifetime counters are taken over."""
+    stored = compressed = same = huge = 0
+    with device.lock:
+        for _, entry in device.entries():
+            state = entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK
+            stored += 1
+            same += state == PageState.SAME_FILLED
+            huge += state == PageState.HUGE
+            if state in (PageState.COMPRESSED, PageState.HUGE):
+                length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+                compressed += length
+                assert len(device.pool.map(entry & ENTRY_HANDLE_MASK, length)) == length
+        pages = sum(arena.pages for arena in device.pool.arenas for owner in arena.size_class if owner)
+        assert sum(sum(arena.used) for arena in device.pool.arenas) == stored - same
+    return MmStat(
+        orig_data_size=stored * PAGE_SIZE,
+        compr_data_size=compressed,
+        mem_used_total=pages * PAGE_SIZE,
+        mem_limit=before.mem_limit,
+        mem_used_max=before.mem_used_max,
+        same_pages=same,
+        pages_compacted=before.pages_compacted,
+        huge_pages=huge,
+        huge_pages_since=before.huge_pages_since,
+    )
+
+
+class DeviceMachine(RuleBasedStateMachine):
+    algorithm = "lz4"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = TemporaryDirectory(dir="/dev/shm")
+        self.expected = bytearray(SIZE)
+        self.notify_free = 0
+        self.peak = 0
+        self.opened = self._open()
+        self.limited = False
+
+    @property
+    def device(self) -> Device:
+        return self.opened.device
+
+    def _open(self) -> OpenDevice:
+        wanted = Wanted(disksize=SIZE, codec=codec(self.algorithm))
+        return OpenDevice(RegionStore(Path(self.directory.name) / "state"), wanted)
+
+    @initialize(kind=contents, seed=st.integers(0, 5))
+    def fill(self, kind: str, seed: int) -> None:
+        data = make_data(kind, seed, SIZE // 2)
+        write(self.device, 0, data)
+        self.expected[: SIZE // 2] = data
+
+    @precondition(lambda self: not self.limited)
+    @rule(offset=offsets, length=lengths, kind=contents, seed=st.integers(0, 1000), aligned=st.booleans())
+    def write(self, offset: int, length: int, kind: str, seed: int, aligned: bool) -> None:
+        if aligned:
+            offset -= offset % PAGE_SIZE
+        data = make_data(kind, seed, min(length, SIZE - offset))
+        write(self.device, offset, data)
+        self.expected[offset : offset + len(data)] = data
+
+    @rule(offset=offsets, length=lengths)
+    def discard(self, offset: int, length: int) -> None:
+        length = min(length, SIZE - offset)
+        with self.device.lock:
+            self.device.discard(offset, length)
+        first, end = -(-offset // PAGE_SIZE), (offset + length) // PAGE_SIZE
+        if end > first:
+            self.expected[first * PAGE_SIZE : end * PAGE_SIZE] = bytes((end - first) * PAGE_SIZE)
+            self.notify_free += end - first
+
+    @precondition(lambda self: not self.limited)
+    @rule(offset=offsets, length=lengths)
+    def write_zeroes(self, offset: int, length: int) -> None:
+        length = min(length, SIZE - offset)
+        with self.device.lock:
+            self.device.write_zeroes(offset, length, self.device.compressor())
+        self.expected[offset : offset + length] = bytes(length)
+        self.notify_free += max(0, (offset + length) // PAGE_SIZE - -(-offset // PAGE_SIZE))
+
+    @rule(offset=offsets, length=lengths)
+    def read(self, offset: int, length: int) -> None:
+        length = min(length, SIZE - offset)
+        assert read(self.device, offset, length) == self.expected[offset : offset + length]
+
+    @rule(pages=st.integers(0, PAGES), seed=st.integers(0, 100), first=st.integers(0, PAGES - 1))
+    def write_at_the_limit(self, pages: int, seed: int, first: int) -> None:
+        """With a limit, a write stops at the first page that does not fit; the pages before it are written."""
+        used = self.device.mm_stat().mem_used_total
+        self.device.set_mem_limit(used + 3 * PAGE_SIZE)
+        failed = self.device.io_stat().failed_writes
+        data = make_data("random", seed, min(pages, PAGES - first) * PAGE_SIZE)
+        try:
+            write(self.device, first * PAGE_SIZE, data)
+        except NoSpaceError:
+            failed += 1
+        assert self.device.io_stat().failed_writes == failed
+        for page in range(len(data) // PAGE_SIZE):
+            start = (first + page) * PAGE_SIZE
+            written = data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+            if read(self.device, start, PAGE_SIZE) != written:
+                break
+            self.expected[start : start + PAGE_SIZE] = written
+        assert self.device.mm_stat().mem_used_total <= used + 3 * PAGE_SIZE
+        self.device.set_mem_limit(0)
+
+    @rule()
+    def restart(self) -> None:
+        before = self.device.mm_stat(), self.device.io_stat(), self.device.request_stat(), self.device.identity.uuid
+        self.opened.close()
+        self.opened = self._open()
+        assert self.opened.recovered
+        after = self.device.mm_stat(), self.device.io_stat(), self.device.request_stat(), self.device.identity.uuid
+        assert after == before
+
+    @invariant()
+    def counters_equal_a_recount(self) -> None:
+        stat = self.device.mm_stat()
+        assert stat == recount(self.device, stat)
+        assert stat.mem_used_max >= max(self.peak, stat.mem_used_total)
+        self.peak = stat.mem_used_max
+        assert self.device.io_stat().notify_free == self.notify_free
+
+    def teardown(self) -> None:
+        assert read(self.device, 0, SIZE) == self.expected
+        self.opened.close()
+        self.directory.cleanup()
+
+
+class ZstdMachine(DeviceMachine):
+    algorithm = "zstd"
+
+
+TestDevice = DeviceMachine.TestCase
+TestZstdDevice = ZstdMachine.TestCase

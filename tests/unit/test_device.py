@@ -1,0 +1,282 @@
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.property.test_device import make_data, read, write
+from zramd.device.codecs import codec
+from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.superblock import StateError
+from zramd.device.zram import NoSpaceError, PageError
+from zramd.layout import ENTRY_HANDLE_MASK, ENTRY_STATE_SHIFT, HANDLE_IN_USE, PAGE_SIZE, PageState, Superblock
+from zramd.memory import RegionStore
+
+RAW = make_data("random", 1, PAGE_SIZE)
+EIGHT_BYTES = bytearray(b"01234567" * 512)
+
+
+def state_of(opened: OpenDevice, page: int) -> PageState:
+    entries = dict(opened.device.entries())
+    return PageState(entries.get(page, 0) >> ENTRY_STATE_SHIFT & 7)
+
+
+@pytest.mark.parametrize(
+    ("page", "state"),
+    [
+        (bytearray(PAGE_SIZE), PageState.SAME_FILLED),
+        (EIGHT_BYTES, PageState.SAME_FILLED),
+        (bytearray(b"0123" * 1024), PageState.SAME_FILLED),
+        (bytearray(b"0123456789abcdef" * 256), PageState.COMPRESSED),
+        (EIGHT_BYTES[:-1] + b"x", PageState.COMPRESSED),
+        (EIGHT_BYTES[:2048] + b"x" + EIGHT_BYTES[2049:], PageState.COMPRESSED),
+        (RAW, PageState.HUGE),
+    ],
+    ids=["zero", "8 bytes", "4 bytes", "16 bytes", "last byte differs", "middle byte differs", "random"],
+)
+def test_a_page_is_stored_as_the_kernel_stores_it(opened: OpenDevice, page: bytearray, state: PageState) -> None:
+    write(opened.device, 5 * PAGE_SIZE, page)
+    assert state_of(opened, 5) is state
+    assert read(opened.device, 5 * PAGE_SIZE, PAGE_SIZE) == page
+
+
+def test_a_zero_page_takes_no_memory_at_all(opened: OpenDevice) -> None:
+    write(opened.device, 0, bytearray(64 * PAGE_SIZE))
+    stat = opened.device.mm_stat()
+    assert (stat.orig_data_size, stat.compr_data_size, stat.mem_used_total, stat.same_pages) == (
+        64 * PAGE_SIZE,
+        0,
+        0,
+        64,
+    )
+
+
+def test_an_overwrite_shows_both_copies_in_mem_used_max(opened: OpenDevice) -> None:
+    write(opened.device, 0, RAW)
+    opened.device.reset_mem_used_max()
+    assert opened.device.mm_stat().mem_used_max == PAGE_SIZE
+    write(opened.device, 0, make_data("random", 2, PAGE_SIZE))
+    stat = opened.device.mm_stat()
+    assert (stat.mem_used_total, stat.mem_used_max, stat.huge_pages, stat.huge_pages_since) == (4096, 8192, 1, 2)
+
+
+def test_the_limit_is_on_whole_zspages_and_rounds_up_to_pages(opened: OpenDevice) -> None:
+    device = opened.device
+    device.set_mem_limit(5000)
+    assert device.mm_stat().mem_limit == 8192
+    write(device, 0, make_data("random", 1, 2 * PAGE_SIZE))
+    with pytest.raises(NoSpaceError, match="memory limit of 8192"):
+        write(device, 2 * PAGE_SIZE, RAW)
+    stat = device.mm_stat()
+    assert (stat.mem_used_total, stat.mem_used_max) == (8192, 12288)
+
+
+def test_at_the_limit_the_old_page_stays_and_same_filled_pages_still_fit(opened: OpenDevice) -> None:
+    device = opened.device
+    old = make_data("random", 1, 2 * PAGE_SIZE)
+    write(device, 0, old)
+    device.set_mem_limit(8192)
+    with pytest.raises(NoSpaceError):
+        write(device, 0, make_data("random", 3, PAGE_SIZE))
+    assert read(device, 0, 2 * PAGE_SIZE) == old
+    write(device, 0, bytearray(PAGE_SIZE))
+    assert device.mm_stat().mem_used_total == 4096
+
+
+def test_a_write_over_several_pages_stops_at_the_limit_and_counts_one_failure(opened: OpenDevice) -> None:
+    device = opened.device
+    device.set_mem_limit(4 * PAGE_SIZE)
+    data = make_data("random", 9, 8 * PAGE_SIZE)
+    with pytest.raises(NoSpaceError):
+        write(device, 0, data)
+    assert read(device, 0, 8 * PAGE_SIZE) == data[: 4 * PAGE_SIZE] + bytes(4 * PAGE_SIZE)
+    assert device.io_stat().failed_writes == 1
+
+
+def test_discard_counts_every_page_and_write_zeroes_frees_them(opened: OpenDevice) -> None:
+    device = opened.device
+    write(device, 0, RAW)
+    with device.lock:
+        device.discard(0, 10 * PAGE_SIZE)
+        assert device.io_stat().notify_free == 10
+    write(device, 0, RAW)
+    with device.lock:
+        device.write_zeroes(0, PAGE_SIZE, device.compressor())
+    assert state_of(opened, 0) is PageState.EMPTY
+    assert device.io_stat().notify_free == 11
+    assert device.mm_stat().mem_used_total == 0
+
+
+def test_a_page_discarded_in_part_keeps_its_data(opened: OpenDevice) -> None:
+    write(opened.device, 0, RAW)
+    with opened.device.lock:
+        opened.device.discard(1, PAGE_SIZE - 1)
+        opened.device.discard(0, PAGE_SIZE - 1)
+    assert read(opened.device, 0, PAGE_SIZE) == RAW
+
+
+def test_a_damaged_page_is_an_error_and_others_are_not(opened: OpenDevice) -> None:
+    device = opened.device
+    text = make_data("text", 1, 2 * PAGE_SIZE)
+    write(device, 0, text)
+    handle = dict(device.entries())[0] & ENTRY_HANDLE_MASK
+    view = device.pool.map(handle, 16)
+    view[:] = b"\xff" * 16
+    with pytest.raises(PageError, match="page 0 is damaged"):
+        read(device, 0, PAGE_SIZE)
+    assert device.io_stat().failed_reads == 1
+    assert read(device, PAGE_SIZE, PAGE_SIZE) == text[PAGE_SIZE:]
+
+
+def test_a_device_of_1_tib_is_made_at_once_in_little_memory() -> None:
+    """In a process of its own: resident memory is a matter of the whole process."""
+    code = (
+        "from zramd.device.opening import *; from zramd.memory import RegionStore\n"
+        "opened = OpenDevice(RegionStore(None), Wanted(disksize=1 << 40)); device = opened.device\n"
+        "data = memoryview(bytearray(4096)); data[0] = 1; compress = device.compressor()\n"
+        "out = []\n"
+        "with device.lock:\n"
+        "    for offset in range(0, 1 << 40, 1 << 32):\n"
+        "        device.write(offset, data, device.prepare(offset, data, compress), compress)\n"
+        "    device.read((1 << 40) - 4096, 4096, out); device.discard(0, 1 << 39)\n"
+        "assert out == [bytes(4096)] and device.mm_stat\n"
+        "assert device.io_stat().notify_free == 1 << 27\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))\n"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 100 << 10
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """Return a state directory with one compressed, one huge and one patterned page in it."""
+    opened = open_state(tmp_path / "state")
+    write(opened.device, 0, make_data("text", 1, PAGE_SIZE))
+    write(opened.device, PAGE_SIZE, RAW)
+    write(opened.device, 2 * PAGE_SIZE, EIGHT_BYTES)
+    opened.close()
+    return tmp_path / "state"
+
+
+def open_state(directory: Path, wanted: Wanted | None = None) -> OpenDevice:
+    return OpenDevice(RegionStore(directory), wanted or Wanted(disksize=16 << 20))
+
+
+def patch_word(path: Path, word: int, value: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(word * 8)
+        file.write(struct.pack("<Q", value))
+
+
+def read_word(path: Path, word: int) -> int:
+    with path.open("rb") as file:
+        file.seek(word * 8)
+        (value,) = struct.unpack("<Q", file.read(8))
+    return int(value)
+
+
+def test_kept_state_is_found_again_without_being_asked_for(state: Path) -> None:
+    opened = open_state(state, Wanted())
+    assert opened.recovered
+    assert opened.device.disksize == 16 << 20
+    assert read(opened.device, 0, 3 * PAGE_SIZE) == make_data("text", 1, PAGE_SIZE) + RAW + EIGHT_BYTES
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "complaint"),
+    [
+        (Wanted(disksize=32 << 20), "16777216 bytes"),
+        (Wanted(codec=codec("zstd")), "lz4 level 1"),
+        (Wanted(chain_size=4), "chain size 8"),
+    ],
+)
+def test_kept_state_that_is_not_what_was_asked_for_is_refused(state: Path, wanted: Wanted, complaint: str) -> None:
+    with pytest.raises(StateError, match=complaint):
+        open_state(state, wanted)
+    open_state(state).close()
+
+
+@pytest.mark.parametrize(
+    ("region", "word", "value", "complaint"),
+    [
+        ("superblock", Superblock.MAGIC, 77, "not zramd's"),
+        ("superblock", Superblock.VERSION, 99, "version 99"),
+        ("superblock", Superblock.CHAIN_SIZE, 77, "damaged"),
+        ("superblock", Superblock.CODECS, 77, "damaged"),
+        ("page_table", 0, 1 << 60, "entry of page 0"),
+        ("page_table", 0, PageState.COMPRESSED << ENTRY_STATE_SHIFT | 1, "entry of page 0"),
+        ("page_table", 4, PageState.HUGE << ENTRY_STATE_SHIFT | 4096 << 40 | 2, "handle 2"),
+        ("page_table", 4, PageState.HUGE << ENTRY_STATE_SHIFT | 4096 << 40 | 2000000, "handle 2000000"),
+        ("page_table", 4, PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT, "entry of page 4"),
+        ("handles", 1, 0, "handle 1"),
+        ("handles", 1, (1 << 32) - 1 << 32 | HANDLE_IN_USE, "handle 1"),
+        ("handles", 2, 254 << 16 | 1 << 63 | HANDLE_IN_USE, "handle 2"),
+    ],
+)
+def test_damaged_state_is_refused(state: Path, region: str, word: int, value: int, complaint: str) -> None:
+    patch_word(state / region, word, value)
+    with pytest.raises(StateError, match=complaint):
+        open_state(state)
+
+
+def test_a_header_of_another_object_is_refused(state: Path) -> None:
+    opened = open_state(state)
+    (arena,) = (arena for arena in opened.device.pool.arenas if any(arena.size_class) and arena.pages > 1)
+    name = arena.region.name
+    opened.close()
+    assert read_word(state / name, 0) == 1 << 1 | 1
+    patch_word(state / name, 0, 9 << 1 | 1)
+    with pytest.raises(StateError, match="carries another handle"):
+        open_state(state)
+
+
+def test_an_object_that_no_entry_reaches_is_free_after_a_restart(state: Path) -> None:
+    patch_word(state / "page_table", 0, 0)
+    patch_word(state / "page_table", 1, 0)
+    opened = open_state(state)
+    assert opened.device.mm_stat().mem_used_total == 0
+    write(opened.device, 0, RAW)
+    assert read(opened.device, 0, PAGE_SIZE) == RAW
+    opened.close()
+
+
+def test_a_device_whose_making_was_cut_short_is_made_anew(state: Path) -> None:
+    patch_word(state / "superblock", Superblock.MAGIC, 0)
+    opened = open_state(state, Wanted(disksize=32 << 20))
+    assert not opened.recovered
+    assert read(opened.device, 0, PAGE_SIZE) == bytes(PAGE_SIZE)
+    opened.close()
+
+
+@pytest.fixture
+def full_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M,mode=0700", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_tmpfs_refuses_writes_and_loses_nothing(full_tmpfs: Path) -> None:
+    opened = open_state(full_tmpfs / "state")
+
+    def fill() -> None:
+        for page in range(512):
+            write(opened.device, page * PAGE_SIZE, make_data("random", page, PAGE_SIZE))
+
+    with pytest.raises(NoSpaceError, match="no memory left"):
+        fill()
+    written = opened.device.mm_stat().orig_data_size // PAGE_SIZE
+    assert written > 100
+    for page in range(written):
+        assert read(opened.device, page * PAGE_SIZE, PAGE_SIZE) == make_data("random", page, PAGE_SIZE)
+    with opened.device.lock:
+        opened.device.discard(0, 16 << 20)
+    write(opened.device, 0, RAW)
+    assert read(opened.device, 0, PAGE_SIZE) == RAW
+    opened.close()
