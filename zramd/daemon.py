@@ -13,7 +13,7 @@ from zramd.attach.kernel import has_nbd
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
-from zramd.memory import NoMemoryError, RegionStore
+from zramd.memory import NoMemoryError, RegionError, RegionStore
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.server import ListenError, Server, listen_tcp, listen_unix
 from zramd.paths import DEVICE_NAME
@@ -67,7 +67,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             signal.sigwait(stop_signals)
         if settings.state is not None:
             announce(f"stopped; the contents stay in {settings.state} until it is removed or the machine restarts")
-    except (StateError, NoMemoryError, ListenError) as error:
+    except (StateError, NoMemoryError, RegionError, ListenError) as error:
         raise DaemonError(str(error)) from error
     except OSError as error:
         raise DaemonError(str(error) if error.filename else error.strerror or str(error)) from error

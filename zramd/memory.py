@@ -28,6 +28,10 @@ class NoMemoryError(Exception):
     """The machine or the file system that holds the regions has no room left."""
 
 
+class RegionError(Exception):
+    """The file system that holds the regions cannot do, or failed to do, what they need."""
+
+
 class Region:
     """One mapped file of `size` bytes (a multiple of 4096).
 
@@ -68,12 +72,12 @@ class Region:
         fallocate, not madvise: a hole can be punched in locked memory too.
 
         Raises:
-            OSError: the file system cannot punch holes.
+            RegionError: the file system cannot punch holes.
         """
         mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         if _libc.fallocate64(self.fd, mode, offset, length):
-            code = ctypes.get_errno()
-            raise OSError(code, f"cannot punch a hole in {self.name}: {os.strerror(code)}")
+            reason = os.strerror(ctypes.get_errno())
+            raise RegionError(f"cannot punch a hole in {self.name} ({reason}): keep the state on tmpfs, ext4 or xfs")
 
     def data_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (offset, end) of each part that is populated, in bytes. The rest reads as zeros.

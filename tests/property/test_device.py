@@ -48,11 +48,10 @@ def make_data(kind: str, seed: int, length: int) -> bytearray:
 
 
 def write(device: Device, offset: int, data: bytearray) -> None:
-    compress = device.compressor()
-    view = memoryview(data)
-    prepared = device.prepare(offset, view, compress)
+    stream = device.stream(data)
+    prepared = stream.prepare(0, len(data), offset)
     with device.lock:
-        device.write(offset, view, prepared, compress)
+        device.write(offset, stream.view, prepared)
 
 
 def read(device: Device, offset: int, length: int) -> bytes:
@@ -140,7 +139,7 @@ class DeviceMachine(RuleBasedStateMachine):
     def write_zeroes(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
         with self.device.lock:
-            self.device.write_zeroes(offset, length, self.device.compressor())
+            self.device.write_zeroes(offset, length)
         self.expected[offset : offset + length] = bytes(length)
         self.notify_free += max(0, (offset + length) // PAGE_SIZE - -(-offset // PAGE_SIZE))
 

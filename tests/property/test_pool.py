@@ -112,10 +112,10 @@ def check_invariants(pool: Pool, live: dict[int, bytes]) -> None:
     for state in {id(state): state for state in pool.classes}.values():
         listed = []
         for group in range(12):
-            zspage, before = state.heads[group], 0
+            zspage, before = state.heads[group], 0  # the head's `preceding` means nothing
             assert bool(zspage) == bool(state.filled >> group & 1)
             while zspage:
-                assert state.arena.preceding[zspage - 1] == before
+                assert not before or state.arena.preceding[zspage - 1] == before
                 assert state.group_of[state.arena.used[zspage - 1]] == group
                 listed.append(zspage - 1)
                 before, zspage = zspage, state.arena.following[zspage - 1]

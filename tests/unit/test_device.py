@@ -104,7 +104,7 @@ def test_discard_counts_every_page_and_write_zeroes_frees_them(opened: OpenDevic
         assert device.io_stat().notify_free == 10
     write(device, 0, RAW)
     with device.lock:
-        device.write_zeroes(0, PAGE_SIZE, device.compressor())
+        device.write_zeroes(0, PAGE_SIZE)
     assert state_of(opened, 0) is PageState.EMPTY
     assert device.io_stat().notify_free == 11
     assert device.mm_stat().mem_used_total == 0
@@ -136,11 +136,11 @@ def test_a_device_of_1_tib_is_made_at_once_in_little_memory() -> None:
     code = (
         "from zramd.device.opening import *; from zramd.memory import RegionStore\n"
         "opened = OpenDevice(RegionStore(None), Wanted(disksize=1 << 40)); device = opened.device\n"
-        "data = memoryview(bytearray(4096)); data[0] = 1; compress = device.compressor()\n"
+        "data = bytearray(4096); data[0] = 1; stream = device.stream(data)\n"
         "out = []\n"
         "with device.lock:\n"
         "    for offset in range(0, 1 << 40, 1 << 32):\n"
-        "        device.write(offset, data, device.prepare(offset, data, compress), compress)\n"
+        "        device.write(offset, stream.view, stream.prepare(0, 4096, offset))\n"
         "    device.read((1 << 40) - 4096, 4096, out); device.discard(0, 1 << 39)\n"
         "assert out == [bytes(4096)] and device.mm_stat\n"
         "assert device.io_stat().notify_free == 1 << 27\n"

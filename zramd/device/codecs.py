@@ -1,7 +1,8 @@
 """Codecs: names, levels, and the calls that compress and decompress one page.
 
 A codec makes compressors and decompressors; each of those belongs to one thread (zstandard's contexts are not
-thread-safe, and the others keep a scratch buffer).
+thread-safe, and the others keep a scratch buffer). A compressor also belongs to one source buffer, whose address it
+knows: finding it out anew would cost a tenth of the compression of a page.
 """
 
 import ctypes
@@ -15,8 +16,8 @@ import zstandard
 
 from zramd.layout import PAGE_SIZE
 
-Compress = Callable[[memoryview], bytes]
-"""Compresses one writable page; the result may be longer than the page."""
+Compress = Callable[[int], bytes | bytearray]
+"""Compresses the page at an offset in the compressor's source buffer; the result may be longer than the page."""
 Decompress = Callable[[memoryview], bytes]
 """Decompresses one page. Raises CodecError if the data are damaged."""
 
@@ -35,12 +36,12 @@ class Codec:
 
     name: str
     level: int
-    compressor: Callable[[], Compress]
+    compressor: Callable[[bytearray], Compress]
     decompressor: Callable[[], Decompress]
 
 
 @functools.cache
-def _one_shot() -> Callable[[int, int, int, int, int], int] | None:
+def _one_shot() -> Callable[..., int] | None:
     """Return LZ4_compress_fast of the library inside the lz4 package, or None if it does not export it.
 
     It is what the kernel's lz4 calls. lz4.block.compress makes a streaming call instead, whose output for a 4 KiB page
@@ -52,24 +53,28 @@ def _one_shot() -> Callable[[int, int, int, int, int], int] | None:
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     function.restype = ctypes.c_int
-    call: Callable[[int, int, int, int, int], int] = function
+    call: Callable[..., int] = function
     return call
 
 
-def _lz4_compressor(acceleration: int) -> Compress:
+def _lz4_compressor(source: bytearray, acceleration: int) -> Compress:
     one_shot = _one_shot()
     if one_shot is None:
-        return lambda page: lz4.block.compress(page, mode="fast", acceleration=acceleration, store_size=False)
-    compress = one_shot
+        return _package_compressor(source, mode="fast", acceleration=acceleration)
+    compress, byref = one_shot, ctypes.byref
     bound = PAGE_SIZE + PAGE_SIZE // 255 + 16  # LZ4_compressBound
-    scratch = (ctypes.c_char * bound)()
-    target = ctypes.addressof(scratch)
-    view = memoryview(scratch).cast("B")
-    address, from_buffer = ctypes.addressof, ctypes.c_char.from_buffer
+    pages = (ctypes.c_char * len(source)).from_buffer(source)
+    scratch = bytearray(bound)
+    target = (ctypes.c_char * bound).from_buffer(scratch)
+    return lambda offset: scratch[: compress(byref(pages, offset), target, PAGE_SIZE, bound, acceleration)]
 
-    def compress_page(page: memoryview) -> bytes:
-        length = compress(address(from_buffer(page)), target, PAGE_SIZE, bound, acceleration)
-        return view[:length].tobytes()
+
+def _package_compressor(source: bytearray, **options: object) -> Compress:
+    view = memoryview(source)
+
+    def compress_page(offset: int) -> bytes:
+        data: bytes = lz4.block.compress(view[offset : offset + PAGE_SIZE], store_size=False, **options)
+        return data
 
     return compress_page
 
@@ -89,16 +94,14 @@ def _lz4_decompressor() -> Decompress:
     return decompress_page
 
 
-def _lz4hc_compressor(level: int) -> Compress:
-    return lambda page: lz4.block.compress(page, mode="high_compression", compression=level, store_size=False)
-
-
-def _zstd_compressor(level: int) -> Compress:
+def _zstd_compressor(source: bytearray, level: int) -> Compress:
     # As the kernel: parameters for a source of one page, content size in the frame, no checksum.
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level, source_size=PAGE_SIZE, write_content_size=True, write_checksum=False
     )
-    return zstandard.ZstdCompressor(compression_params=parameters).compress
+    compress = zstandard.ZstdCompressor(compression_params=parameters).compress
+    view = memoryview(source)
+    return lambda offset: compress(view[offset : offset + PAGE_SIZE])
 
 
 def _zstd_decompressor() -> Decompress:
@@ -133,14 +136,15 @@ def codec(name: str, level: int | None = None) -> Codec:
     chosen = _DEFAULT_LEVELS[name] if level is None else level
     if name == "lz4":
         chosen = max(1, chosen)
-        return Codec(name, chosen, lambda: _lz4_compressor(chosen), _lz4_decompressor)
+        return Codec(name, chosen, lambda source: _lz4_compressor(source, chosen), _lz4_decompressor)
     if name == "lz4hc":
         if not 1 <= chosen <= 12:
             raise ValueError(f"lz4hc has levels 1 to 12, not {chosen}")
-        return Codec(name, chosen, lambda: _lz4hc_compressor(chosen), _lz4_decompressor)
+        options = {"mode": "high_compression", "compression": chosen}
+        return Codec(name, chosen, lambda source: _package_compressor(source, **options), _lz4_decompressor)
     if not -131072 <= chosen <= zstandard.MAX_COMPRESSION_LEVEL:
         raise ValueError(f"zstd has levels -131072 to {zstandard.MAX_COMPRESSION_LEVEL}, not {chosen}")
-    return Codec(name, chosen, lambda: _zstd_compressor(chosen), _zstd_decompressor)
+    return Codec(name, chosen, lambda source: _zstd_compressor(source, chosen), _zstd_decompressor)
 
 
 _CHOICE = re.compile(r"\s*(\w+)\s*(?:\(\s*level\s*=\s*(-?\d+)\s*\))?\s*")

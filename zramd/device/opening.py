@@ -40,6 +40,7 @@ class OpenDevice:
         Raises:
             StateError: what is kept is damaged or is not what was asked for.
             NoMemoryError: there is no room for the regions.
+            RegionError: their file system is not fit for them.
             OSError: the regions cannot be opened.
         """
         self._store = store
@@ -75,7 +76,10 @@ class OpenDevice:
         superblock.populate(0, PAGE_SIZE)
         pages = identity.disksize >> PAGE_SHIFT
         table = SparseTable(self._open("page_table", round_up_to_page(pages * WORD)))
-        elements = SparseTable(self._open("elements", round_up_to_page(pages * WORD)))
+        elements_region = self._open("elements", round_up_to_page(pages * WORD))
+        if not self.recovered:
+            elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
+        elements = SparseTable(elements_region)
         pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
         device = Device(identity, superblock, table, elements, pool)
         if self.recovered:

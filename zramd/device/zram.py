@@ -1,14 +1,14 @@
 """The zram device: pages in, compressed objects in the pool, pages out.
 
 The device is a monitor: whoever calls a method that says so holds `lock`, for a whole batch of requests at a time.
-Compression is the one expensive step that needs no lock; `prepare` does it before the lock is taken.
+Compression is the one expensive step that needs no lock; a `Stream` does it before the lock is taken.
 """
 
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zramd.device.codecs import CodecError, Compress
+from zramd.device.codecs import Codec, CodecError
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
     ENTRY_HANDLE_MASK,
@@ -29,11 +29,12 @@ from zramd.layout import (
 from zramd.memory import NoMemoryError, Region, SparseTable
 from zramd.zsmalloc import DamagedError, Pool, recover
 
-Prepared = int | bytes | memoryview
+Prepared = int | bytes | bytearray | memoryview
 """One page as it will be stored: the pattern of a same-filled page, a compressed object, or the raw page."""
 
 _PAGE_MASK = PAGE_SIZE - 1
 _WORDS = PAGE_SIZE // WORD
+_LAST_WORD = PAGE_SIZE - WORD
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
 
@@ -94,10 +95,42 @@ class RequestStat:
     write_sectors: int
 
 
+class Stream:
+    """What one thread compresses with, and the buffer that it compresses from (the kernel's zcomp_strm)."""
+
+    __slots__ = ("_compress", "_huge_limit", "buffer", "view")
+
+    def __init__(self, buffer: bytearray, codec: Codec, huge_limit: int) -> None:
+        self.buffer = buffer
+        self.view = memoryview(buffer)
+        self._compress = codec.compressor(buffer)
+        self._huge_limit = huge_limit
+
+    def prepare(self, start: int, length: int, offset: int) -> list[Prepared]:
+        """Compress the whole pages of a write: `length` bytes at `start` in the buffer, for `offset` on the device.
+
+        No lock is needed. Raw pages in the result are views of the buffer.
+        """
+        if (offset | length) & _PAGE_MASK:
+            first, end = whole_pages(offset, length)
+            start, length = start + first, end - first
+        buffer, compress, limit = self.buffer, self._compress, self._huge_limit
+        prepared: list[Prepared] = []
+        for page in range(start, start + length, PAGE_SIZE):
+            if buffer[page : page + WORD] == buffer[page + _LAST_WORD : page + PAGE_SIZE]:
+                word = buffer[page : page + WORD]
+                if buffer[page : page + PAGE_SIZE] == word * _WORDS:
+                    prepared.append(int.from_bytes(word, "little"))
+                    continue
+            stored = compress(page)
+            prepared.append(stored if len(stored) < limit else self.view[page : page + PAGE_SIZE])
+        return prepared
+
+
 class Device:
     """One zram device on its regions.
 
-    `identity` says what it is; `lock` guards everything but `prepare`.
+    `identity` says what it is; `lock` guards every method that does not say that it takes it.
     """
 
     def __init__(
@@ -112,6 +145,7 @@ class Device:
         self._elements = elements
         self._decompress = identity.codec.decompressor()
         self._huge_limit = pool.geometry.huge_limit
+        self._scratch = self.stream(bytearray(PAGE_SIZE))
         self._limit_pages = self._words[Superblock.MEM_LIMIT]
         self._max_pages = self._words[Superblock.MEM_USED_MAX]
         self._pages_stored = 0
@@ -119,33 +153,9 @@ class Device:
         self._same_pages = 0
         self._huge_pages = 0
 
-    def compressor(self) -> Compress:
-        """Return a compressor for the calling thread."""
-        return self.identity.codec.compressor()
-
-    def prepare(self, offset: int, data: memoryview, compress: Compress) -> list[Prepared]:
-        """Compress the whole pages of a write. No lock is needed.
-
-        `data` is writable; raw pages in the result are views of it.
-        """
-        if (offset | len(data)) & _PAGE_MASK:
-            start, end = whole_pages(offset, len(data))
-            data = data[start:end]
-        words = data.cast("Q")
-        limit = self._huge_limit
-        prepared: list[Prepared] = []
-        for start in range(0, len(data), PAGE_SIZE):
-            page = data[start : start + PAGE_SIZE]
-            word = start >> 3
-            pattern = words[word]
-            if pattern == words[word + _WORDS - 1]:
-                raw = page.tobytes()
-                if raw == raw[:WORD] * _WORDS:
-                    prepared.append(pattern)
-                    continue
-            stored = compress(page)
-            prepared.append(stored if len(stored) < limit else page)
-        return prepared
+    def stream(self, buffer: bytearray) -> "Stream":
+        """Return a stream for a thread that receives into `buffer`."""
+        return Stream(buffer, self.identity.codec, self._huge_limit)
 
     def read(self, offset: int, length: int, out: list[bytes | memoryview]) -> None:
         """Append `length` bytes from `offset` to `out`, as buffers that stay valid. The caller holds the lock.
@@ -191,10 +201,10 @@ class Device:
             else:
                 out.append(_ZERO_PAGE)
 
-    def write(self, offset: int, data: memoryview, prepared: list[Prepared], compress: Compress) -> None:
+    def write(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
         """Write `data` at `offset`. The caller holds the lock.
 
-        `prepared` is what `prepare` made of the whole pages in `data`; pages covered in part are read, modified and
+        `prepared` is what a stream made of the whole pages in `data`; pages covered in part are read, modified and
         compressed here.
 
         Raises:
@@ -208,28 +218,29 @@ class Device:
             if not (offset | len(data)) & _PAGE_MASK:
                 self._store(offset >> PAGE_SHIFT, prepared)
             else:
-                self._write_unaligned(offset, data, prepared, compress)
+                self._write_unaligned(offset, data, prepared)
         except (NoMemoryError, NoSpaceError) as error:
             words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
 
-    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared], compress: Compress) -> None:
+    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
         head, whole_end = whole_pages(offset, len(data))
         if head:
-            self._modify(offset, data[:head], compress)
+            self._modify(offset, data[:head])
         if whole_end > head:
             self._store((offset + head) >> PAGE_SHIFT, prepared)
         if whole_end < len(data):
-            self._modify(offset + whole_end, data[whole_end:], compress)
+            self._modify(offset + whole_end, data[whole_end:])
 
-    def _modify(self, offset: int, data: memoryview, compress: Compress) -> None:
+    def _modify(self, offset: int, data: memoryview) -> None:
         """Write less than a page, inside one page."""
         index, start = divmod(offset, PAGE_SIZE)
         old: list[bytes | memoryview] = []
         self._load(index, index + 1, old)
-        page = bytearray(old[0])
+        page = self._scratch.view
+        page[:] = old[0]
         page[start : start + len(data)] = data
-        self._store(index, self.prepare(0, memoryview(page), compress))
+        self._store(index, self._scratch.prepare(0, PAGE_SIZE, 0))
 
     def _store(self, index: int, prepared: list[Prepared]) -> None:
         """Store pages from `index` on: new object first, then the entry, then the old object goes."""
@@ -302,7 +313,7 @@ class Device:
                     table[index] = 0
                     self._release(entry)
 
-    def write_zeroes(self, offset: int, length: int, compress: Compress) -> None:
+    def write_zeroes(self, offset: int, length: int) -> None:
         """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.
 
         Raises:
@@ -312,9 +323,9 @@ class Device:
         head, whole_end = whole_pages(offset, length)
         try:
             if head:
-                self._modify(offset, memoryview(bytes(head)), compress)
+                self._modify(offset, memoryview(bytes(head)))
             if whole_end < length:
-                self._modify(offset + whole_end, memoryview(bytes(length - whole_end)), compress)
+                self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
         except (NoMemoryError, NoSpaceError) as error:
             self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error

@@ -32,7 +32,11 @@ MAX_OPTIONS = 1024
 
 
 class SessionError(Exception):
-    """The client broke the protocol, or left: this session ends, and nothing else does."""
+    """The client broke the protocol: this session ends, and nothing else does."""
+
+
+class ClientLeftError(SessionError):
+    """The client closed the connection where more was to come."""
 
 
 class _InvalidError(Exception):
@@ -50,7 +54,7 @@ def receive(sock: socket.socket, length: int) -> bytes:
     while view:
         count = sock.recv_into(view)
         if not count:
-            raise SessionError("the client left during the handshake")
+            raise ClientLeftError("the client left during the handshake")
         view = view[count:]
     return bytes(data)
 

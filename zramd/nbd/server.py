@@ -5,10 +5,11 @@ import logging
 import os
 import socket
 import threading
+import traceback
 from pathlib import Path
 
 from zramd.nbd.export import Exports
-from zramd.nbd.handshake import Handshake, SessionError
+from zramd.nbd.handshake import ClientLeftError, Handshake, SessionError
 from zramd.nbd.transmission import Transmission
 
 HANDSHAKE_SECONDS = 10.0
@@ -135,12 +136,12 @@ class Server:
             if export is not None:
                 sock.settimeout(None)
                 Transmission(sock, export).run()
+        except (ClientLeftError, OSError) as error:
+            log.info("connection lost: %s", error)
         except SessionError as error:
             log.warning("connection ended: %s", error)
-        except OSError as error:
-            log.info("connection lost: %s", error)
-        except Exception:
-            log.exception("connection ended by a defect of the server")
+        except Exception as error:
+            log.error("connection ended by a defect of the server: %s", describe_defect(error))
         finally:
             self._forget(sock)
 
@@ -170,6 +171,12 @@ class Server:
             _shutdown(sock, socket.SHUT_RDWR)
             connections[sock].join(seconds / len(late))
         return not late
+
+
+def describe_defect(error: Exception) -> str:
+    """Return one line that says what went wrong, and where in the code."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 
 
 def _shutdown(sock: socket.socket, how: int) -> None:

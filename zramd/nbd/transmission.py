@@ -13,7 +13,7 @@ import socket
 from zramd.device.zram import NoSpaceError, PageError, Prepared
 from zramd.layout import PAGE_SIZE
 from zramd.nbd.export import MAXIMUM_PAYLOAD, Export
-from zramd.nbd.handshake import SessionError
+from zramd.nbd.handshake import ClientLeftError, SessionError
 from zramd.nbd.protocol import (
     REQUEST,
     REQUEST_MAGIC,
@@ -66,8 +66,8 @@ class Transmission:
         self._device = export.device
         self._disksize = export.device.disksize
         self._flush = export.flush
-        self._compress = export.device.compressor()
-        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._stream = export.device.stream(bytearray(BUFFER_SIZE))
+        self._buffer = self._stream.view
         self._start = 0  # what is received and not yet consumed lies from here
         self._end = 0  # to here
         self._replies: list[bytes | memoryview] = []
@@ -113,7 +113,7 @@ class Transmission:
         """
         batch: list[Request] = []
         buffer, start, end = self._buffer, self._start, self._end
-        unpack, prepare, compress = REQUEST.unpack_from, self._device.prepare, self._compress
+        unpack, prepare = REQUEST.unpack_from, self._stream.prepare
         stop: Header | None = None
         while end - start >= _HEADER:
             header: Header = unpack(buffer, start)
@@ -130,8 +130,9 @@ class Transmission:
             if error:
                 self._reply(error, cookie)
             elif command == _WRITE:
-                payload = buffer[after - length : after]
-                batch.append((command, flags, cookie, offset, length, payload, prepare(offset, payload, compress)))
+                begin = after - length
+                prepared = prepare(begin, length, offset)
+                batch.append((command, flags, cookie, offset, length, buffer[begin:after], prepared))
             else:
                 batch.append((command, flags, cookie, offset, length, _NO_PAYLOAD, []))
             start = after
@@ -155,7 +156,7 @@ class Transmission:
 
     def _apply(self, batch: list[Request]) -> None:
         """Apply requests in order and send all replies, under as few holds of the lock as MAX_REPLY allows."""
-        device, compress = self._device, self._compress
+        device = self._device
         position, count = 0, len(batch)
         while position < count:
             with device.lock:
@@ -165,14 +166,14 @@ class Transmission:
                     error = 0
                     try:
                         if command == _WRITE:
-                            device.write(offset, payload, prepared, compress)
+                            device.write(offset, payload, prepared)
                         elif command == _READ:
                             self._read(cookie, offset, length)
                             continue
                         elif command == _TRIM:
                             device.discard(offset, length)
                         elif command == _WRITE_ZEROES:
-                            device.write_zeroes(offset, length, compress)
+                            device.write_zeroes(offset, length)
                     except (NoSpaceError, PageError) as failure:
                         error = _error_number(failure)
                     self._finish(command, flags, cookie, error)
@@ -209,19 +210,19 @@ class Transmission:
 
     def _write_pieces(self, offset: int, length: int, error: int) -> int:
         """Receive a long write and apply it, or swallow it once there is an error. Return the error number."""
-        device, compress = self._device, self._compress
+        device = self._device
         while length:
             # Each piece but the last ends with a page.
             piece = min(length, WRITE_SLICE - offset % PAGE_SIZE)
             while self._end - self._start < piece:
                 if not self._receive():
-                    raise SessionError("the client left in the middle of a write")
+                    raise ClientLeftError("the client left in the middle of a write")
             payload = self._buffer[self._start : self._start + piece]
             if not error:
-                prepared = device.prepare(offset, payload, compress)
+                prepared = self._stream.prepare(self._start, piece, offset)
                 try:
                     with device.lock:
-                        device.write(offset, payload, prepared, compress)
+                        device.write(offset, payload, prepared)
                 except (NoSpaceError, PageError) as failure:
                     error = _error_number(failure)
             self._start += piece
@@ -258,7 +259,7 @@ class Transmission:
                     if command == _TRIM:
                         device.discard(offset, piece)
                     else:
-                        device.write_zeroes(offset, piece, self._compress)
+                        device.write_zeroes(offset, piece)
             except (NoSpaceError, PageError) as failure:
                 return _error_number(failure)
             offset += piece

@@ -62,8 +62,8 @@ class StatusServer:
                 self._answer_lines(sock)
         except OSError as error:
             log.debug("status client lost: %s", error)
-        except Exception:
-            log.exception("status client ended by a defect of the server")
+        except Exception as error:
+            log.error("status client ended by a defect of the server: %r", error)
         finally:
             self._places.release()
 

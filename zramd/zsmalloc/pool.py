@@ -44,20 +44,46 @@ def max_disksize(geometry: Geometry) -> int:
     return ADDRESS_SPACE // geometry.chain_size
 
 
-class _ClassState:
+class ClassState:
     """The zspages of one size class, by fullness.
 
     `heads[group]` is the first zspage + 1 of a list, 0 if it is empty; bit `group` of `filled` says which lists are
     not. Groups 0 (released at once) and 11 (full) need no list: nothing is ever allocated from them.
+
+    The arena's columns stand here too, since every allocation and every free goes through them. The `preceding` of a
+    list's head means nothing.
     """
 
-    __slots__ = ("arena", "filled", "group_of", "heads", "size", "size_class", "span", "zspages")
+    __slots__ = (
+        "arena",
+        "filled",
+        "following",
+        "free",
+        "fresh",
+        "group_of",
+        "heads",
+        "map",
+        "pages",
+        "preceding",
+        "size",
+        "size_class",
+        "span",
+        "used",
+        "word",
+        "words",
+        "zspages",
+    )
 
     def __init__(self, size_class: SizeClass, arena: Arena) -> None:
         self.size_class = size_class
         self.arena = arena
+        self.used, self.free, self.fresh = arena.used, arena.free, arena.fresh
+        self.following, self.preceding = arena.following, arena.preceding
+        self.map, self.words = arena.region.map, arena.region.words
         self.size = size_class.size
         self.span = size_class.zspage_bytes
+        self.pages = size_class.pages
+        self.word = size_class.index << HANDLE_CLASS_SHIFT | HANDLE_IN_USE
         self.heads = [0] * FULLNESS_GROUPS
         self.filled = 0
         self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
@@ -65,81 +91,48 @@ class _ClassState:
 
     def push(self, zspage: int, group: int) -> None:
         """Put a zspage at the head of a fullness list."""
-        arena = self.arena
         head = self.heads[group]
-        arena.preceding[zspage] = 0
-        arena.following[zspage] = head
-        if head:
-            arena.preceding[head - 1] = zspage + 1
+        self.following[zspage] = head
         self.heads[group] = zspage + 1
-        self.filled |= 1 << group
+        if head:
+            self.preceding[head - 1] = zspage + 1
+        else:
+            self.filled |= 1 << group
 
     def remove(self, zspage: int, group: int) -> None:
         """Take a zspage off its fullness list."""
-        arena = self.arena
-        before, after = arena.preceding[zspage], arena.following[zspage]
-        if after:
-            arena.preceding[after - 1] = before
-        if before:
-            arena.following[before - 1] = after
-        else:
+        after = self.following[zspage]
+        if self.heads[group] == zspage + 1:
             self.heads[group] = after
             if not after:
                 self.filled &= ~(1 << group)
+            return
+        before = self.preceding[zspage]
+        self.following[before - 1] = after
+        if after:
+            self.preceding[after - 1] = before
 
-    def take_object(self) -> tuple[int, int, bool]:
-        """Return (zspage, object index, whether the zspage is new) of a free object, now counted as used."""
-        arena = self.arena
-        if self.filled:
-            group = self.filled.bit_length() - 1
-            zspage = self.heads[group] - 1
-            used = arena.used[zspage] + 1
-            arena.used[zspage] = used
-            after = self.group_of[used]
-            if after != group:
-                self.remove(zspage, group)
-                if after != FULL:
-                    self.push(zspage, after)
-            index = arena.free[zspage]
-            if index:
-                index -= 1
-                link = arena.region.words[(zspage * self.span + index * self.size) >> 3]
-                arena.free[zspage] = link >> 1
-            else:
-                index = arena.fresh[zspage]
-                arena.fresh[zspage] = index + 1
-            return zspage, index, False
-        zspage = arena.take()
-        arena.size_class[zspage] = self.size_class.index + 1
-        arena.used[zspage] = arena.fresh[zspage] = 1
-        arena.free[zspage] = 0
-        group = self.group_of[1]
-        if group != FULL:
-            self.push(zspage, group)
+    def new_zspage(self) -> int:
+        """Return a zspage of this class with one object, its first, in use.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
+        zspage = self.arena.take()
+        self.arena.size_class[zspage] = self.size_class.index + 1
+        self.used[zspage] = self.fresh[zspage] = 1
+        self.free[zspage] = 0
         self.zspages += 1
-        return zspage, 0, True
+        if self.group_of[1] != FULL:
+            self.push(zspage, self.group_of[1])
+        return zspage
 
-    def give_object(self, zspage: int, index: int) -> bool:
-        """Free an object. Return whether its zspage went with it."""
-        arena = self.arena
-        used = arena.used[zspage]
-        before = self.group_of[used]
-        used -= 1
-        arena.used[zspage] = used
-        if not used:
-            if before != FULL:
-                self.remove(zspage, before)
-            self.zspages -= 1
-            arena.give(zspage)
-            return True
-        arena.region.words[(zspage * self.span + index * self.size) >> 3] = arena.free[zspage] << 1
-        arena.free[zspage] = index + 1
-        after = self.group_of[used]
-        if after != before:
-            if before != FULL:
-                self.remove(zspage, before)
-            self.push(zspage, after)
-        return False
+    def release_zspage(self, zspage: int, group: int) -> None:
+        """Give back a zspage of which no object is in use; `group` is that of its last object."""
+        if group != FULL:
+            self.remove(zspage, group)
+        self.zspages -= 1
+        self.arena.give(zspage)
 
 
 class Pool:
@@ -161,12 +154,15 @@ class Pool:
         self._free_handle = 0
         self._next_handle = 1
         self._ready_handles = 0
+        # Where the payload of the object allocated last lies, for `store`.
+        self._map = self.handle_region.map
+        self._payload = 0
         for pages in range(1, geometry.chain_size + 1):
             span = pages * PAGE_SIZE
             share = ADDRESS_SPACE // geometry.chain_size
             zspages = min(objects + 1, share // span, MAX_ZSPAGES)
             self.arenas.append(Arena(open_region(f"arena{pages}", zspages * span), pages))
-        states = {kept.index: _ClassState(kept, self.arenas[kept.pages - 1]) for kept in geometry.kept()}
+        states = {kept.index: ClassState(kept, self.arenas[kept.pages - 1]) for kept in geometry.kept()}
         self.classes = [states[geometry.classes[raw].index] for raw in range(RAW_CLASSES)]
         self._class_for = [self.classes[0]] + [
             states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1)
@@ -180,10 +176,9 @@ class Pool:
             NoMemoryError: there is no room; nothing changed.
         """
         length = len(payload)
-        if not 0 < length <= PAGE_SIZE:
-            raise ValueError(f"an object has 1 to {PAGE_SIZE} bytes, not {length}")
-        handle, offset, arena = self._allocate(self._class_for[length])
-        arena.region.map[offset : offset + length] = payload
+        handle = self.malloc(length)
+        start = self._payload
+        self._map[start : start + length] = payload
         return handle
 
     def malloc(self, length: int) -> int:
@@ -195,35 +190,47 @@ class Pool:
         """
         if not 0 < length <= PAGE_SIZE:
             raise ValueError(f"an object has 1 to {PAGE_SIZE} bytes, not {length}")
-        return self._allocate(self._class_for[length])[0]
-
-    def _allocate(self, state: _ClassState) -> tuple[int, int, Arena]:
-        """Return (handle, offset of the payload in the arena, arena)."""
+        state = self._class_for[length]
         handle = self._free_handle
         if not handle and self._next_handle >= self._ready_handles:
             self._grow_handles()
-        zspage, index, new = state.take_object()
-        size_class = state.size_class
-        if new:
-            self.pages += size_class.pages
+        filled = state.filled
+        if filled:
+            group = filled.bit_length() - 1
+            zspage = state.heads[group] - 1
+            used = state.used[zspage] + 1
+            state.used[zspage] = used
+            after = state.group_of[used]
+            if after != group:
+                state.remove(zspage, group)
+                if after != FULL:
+                    state.push(zspage, after)
+            index = state.free[zspage]
+            if index:
+                index -= 1
+                offset = zspage * state.span + index * state.size
+                state.free[zspage] = state.words[offset >> 3] >> 1
+            else:
+                index = state.fresh[zspage]
+                state.fresh[zspage] = index + 1
+                offset = zspage * state.span + index * state.size
+        else:
+            zspage = state.new_zspage()
+            self.pages += state.pages
+            index = 0
+            offset = zspage * state.span
+        handles = self._handles
         if handle:
-            self._free_handle = self._handles[handle] >> 1
+            self._free_handle = handles[handle] >> 1
         else:
             handle = self._next_handle
             self._next_handle = handle + 1
-        arena = state.arena
-        offset = zspage * state.span
+        handles[handle] = zspage << HANDLE_ZSPAGE_SHIFT | index << HANDLE_INDEX_SHIFT | state.word
         if state.size != PAGE_SIZE:
-            offset += index * state.size
-            arena.region.words[offset >> 3] = handle << 1 | HEADER_IN_USE
+            state.words[offset >> 3] = handle << 1 | HEADER_IN_USE
             offset += WORD
-        self._handles[handle] = (
-            zspage << HANDLE_ZSPAGE_SHIFT
-            | size_class.index << HANDLE_CLASS_SHIFT
-            | index << HANDLE_INDEX_SHIFT
-            | HANDLE_IN_USE
-        )
-        return handle, offset, arena
+        self._map, self._payload = state.map, offset
+        return handle
 
     def _grow_handles(self) -> None:
         if self._next_handle >= self._handle_limit:
@@ -272,7 +279,22 @@ class Pool:
         if not word & HANDLE_IN_USE:
             raise KeyError(f"no object has the handle {handle}")
         state = self.classes[word >> HANDLE_CLASS_SHIFT & HANDLE_CLASS_MASK]
-        if state.give_object(word >> HANDLE_ZSPAGE_SHIFT, word >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK):
-            self.pages -= state.size_class.pages
+        zspage = word >> HANDLE_ZSPAGE_SHIFT
+        used = state.used[zspage]
+        before = state.group_of[used]
+        used -= 1
+        state.used[zspage] = used
+        if used:
+            index = word >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK
+            state.words[(zspage * state.span + index * state.size) >> 3] = state.free[zspage] << 1
+            state.free[zspage] = index + 1
+            after = state.group_of[used]
+            if after != before:
+                if before != FULL:
+                    state.remove(zspage, before)
+                state.push(zspage, after)
+        else:
+            state.release_zspage(zspage, before)
+            self.pages -= state.pages
         handles[handle] = self._free_handle << 1
         self._free_handle = handle
