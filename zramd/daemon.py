@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from zramd.attach.kernel import has_nbd
 from zramd.device.opening import OpenDevice, Wanted
@@ -101,7 +102,7 @@ def _serving(settings: Settings, opened: OpenDevice) -> Iterator[Served]:
 def _uris(settings: Settings) -> tuple[str, ...]:
     uris = []
     if settings.unix is not None:
-        uris.append(f"nbd+unix:///?socket={settings.unix}")
+        uris.append(f"nbd+unix:///?socket={quote(str(settings.unix))}")
     if settings.tcp is not None:
         host, port = settings.tcp
         uris.append(f"nbd://[{host}]:{port}" if ":" in host else f"nbd://{host or 'localhost'}:{port}")

@@ -124,22 +124,17 @@ class SparseTable:
         for start, end in region.data_ranges():
             # A chunk that is populated in part (a crash in the middle of growing) is completed.
             for chunk in range(start // self.CHUNK_BYTES, -(-end // self.CHUNK_BYTES)):
-                self._populate(chunk)
+                self.make_ready(chunk)
 
-    def _populate(self, chunk: int) -> None:
+    def make_ready(self, chunk: int) -> None:
+        """Make the words of a chunk fit to store to.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
         offset = chunk * self.CHUNK_BYTES
         self.region.populate(offset, min(self.CHUNK_BYTES, self.region.size - offset))
         self.ready[chunk] = 1
-
-    def make_ready(self, first: int, last: int) -> None:
-        """Make the words `first` to `last` (inclusive) fit to store to.
-
-        Raises:
-            NoMemoryError: there is no room; what was ready stays so.
-        """
-        for chunk in range(first >> self.CHUNK_SHIFT, (last >> self.CHUNK_SHIFT) + 1):
-            if not self.ready[chunk]:
-                self._populate(chunk)
 
 
 class RegionStore:

@@ -12,12 +12,30 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (used only through private_direct
 
 
 def runtime_directory() -> Path:
-    """Return the directory for sockets: /run/zramd for root, else the user's own."""
+    """Return the directory for sockets: /run/zramd for root, else the user's own.
+
+    Raises:
+        OSError: the user's runtime directory cannot be looked at.
+    """
     if os.geteuid() == 0:
         return Path("/run/zramd")
     given = os.environ.get("XDG_RUNTIME_DIR")
     candidate = Path(given) if given else Path(f"/run/user/{os.geteuid()}")
     return candidate / "zramd" if candidate.is_dir() else _shared_memory_directory()
+
+
+def make_runtime_directory() -> Path:
+    """Return the directory for sockets, made if it was not there.
+
+    Raises:
+        OSError: it cannot be made, or is not private where it must be.
+    """
+    runtime = runtime_directory()
+    if runtime == _shared_memory_directory():
+        private_directory(runtime)
+    else:
+        runtime.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    return runtime
 
 
 def state_directory() -> Path:
@@ -26,9 +44,8 @@ def state_directory() -> Path:
     Raises:
         OSError: neither can be used.
     """
-    runtime = runtime_directory()
-    existing = next(parent for parent in (runtime, *runtime.parents) if parent.exists())
-    if is_memory_backed(existing):
+    runtime = make_runtime_directory()
+    if is_memory_backed(runtime):
         return runtime / DEVICE_NAME
     shared = _shared_memory_directory()
     private_directory(shared)

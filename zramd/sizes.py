@@ -1,9 +1,12 @@
 """Sizes as people write them, as the kernel reads them, and as zramctl prints them."""
 
 import re
+from decimal import Decimal
 
 _HUMAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(iB|B)?\s*", re.ASCII | re.IGNORECASE)
 _KERNEL = re.compile(r"\s*(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([KMGTPEkmgtpe]?)")
+MAX_SIZE = (1 << 63) - 1
+"""Of anything: what the protocol and the kernel can count in signed 64 bits."""
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 
@@ -11,28 +14,33 @@ def parse_size(text: str) -> int:
     """Return the bytes that `text` means: a number with an optional suffix K, M, G, T (of 1024), KiB, MiB and so on.
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: it is not a size, or too large.
     """
     match = _HUMAN.fullmatch(text)
     if match is None or (match[3] and match[3].upper() == "B" and match[2]):
         raise ValueError(f"{text!r} is not a size: write bytes, or a number with K, M, G, T, KiB, MiB, GiB or TiB")
-    number, suffix = match[1], match[2].upper()
-    factor = 1 << _EXPONENTS[suffix]
-    return int(float(number) * factor) if "." in number else int(number) * factor
+    size = int(Decimal(match[1]) * (1 << _EXPONENTS[match[2].upper()]))
+    return _check_range(size, text)
 
 
 def memparse(text: str) -> int:
     """Return the bytes that `text` means to the kernel's memparse: hex and octal by C prefix, the rest is ignored.
 
     Raises:
-        ValueError: it does not start with a number.
+        ValueError: it does not start with a number, or that is too large.
     """
     match = _KERNEL.match(text)
     if match is None:
         raise ValueError(f"{text!r} does not start with a number")
     digits = match[1]
     base = 16 if digits[:2] in ("0x", "0X") else 8 if digits.startswith("0") else 10
-    return int(digits, base) << _EXPONENTS[match[2].upper()]
+    return _check_range(int(digits, base) << _EXPONENTS[match[2].upper()], text)
+
+
+def _check_range(size: int, text: str) -> int:
+    if size > MAX_SIZE:
+        raise ValueError(f"{text!r} is too large: at most {MAX_SIZE} bytes")
+    return size
 
 
 def format_size(size: int) -> str:

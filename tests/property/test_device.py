@@ -51,13 +51,15 @@ def write(device: Device, offset: int, data: bytearray) -> None:
     stream = device.stream(data)
     prepared = stream.prepare(0, len(data), offset)
     with device.lock:
-        device.write(offset, stream.view, prepared)
+        device.write(stream, 0, len(data), offset, prepared)
+        device.save_counters()
 
 
 def read(device: Device, offset: int, length: int) -> bytes:
     out: list[bytes | memoryview] = []
     with device.lock:
         device.read(offset, length, out)
+        device.save_counters()
     return b"".join(out)
 
 
@@ -129,6 +131,7 @@ class DeviceMachine(RuleBasedStateMachine):
         length = min(length, SIZE - offset)
         with self.device.lock:
             self.device.discard(offset, length)
+            self.device.save_counters()
         first, end = -(-offset // PAGE_SIZE), (offset + length) // PAGE_SIZE
         if end > first:
             self.expected[first * PAGE_SIZE : end * PAGE_SIZE] = bytes((end - first) * PAGE_SIZE)
@@ -140,6 +143,7 @@ class DeviceMachine(RuleBasedStateMachine):
         length = min(length, SIZE - offset)
         with self.device.lock:
             self.device.write_zeroes(offset, length)
+            self.device.save_counters()
         self.expected[offset : offset + length] = bytes(length)
         self.notify_free += max(0, (offset + length) // PAGE_SIZE - -(-offset // PAGE_SIZE))
 

@@ -140,7 +140,7 @@ def test_a_device_of_1_tib_is_made_at_once_in_little_memory() -> None:
         "out = []\n"
         "with device.lock:\n"
         "    for offset in range(0, 1 << 40, 1 << 32):\n"
-        "        device.write(offset, stream.view, stream.prepare(0, 4096, offset))\n"
+        "        device.write(stream, 0, 4096, offset, stream.prepare(0, 4096, offset))\n"
         "    device.read((1 << 40) - 4096, 4096, out); device.discard(0, 1 << 39)\n"
         "assert out == [bytes(4096)] and device.mm_stat\n"
         "assert device.io_stat().notify_free == 1 << 27\n"

@@ -11,7 +11,7 @@ from zramd.cli.options import Address, Size
 from zramd.daemon import DaemonError, Settings, run
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
-from zramd.paths import DEVICE_NAME, runtime_directory, state_directory
+from zramd.paths import DEVICE_NAME, make_runtime_directory, state_directory
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
 
@@ -74,11 +74,12 @@ def serve(
     if size is not None and size <= 0:
         raise click.UsageError("--size must be more than 0")
     logging.basicConfig(level=logging.WARNING, format="zramd: %(message)s", stream=sys.stderr)
-    runtime = runtime_directory()
-    if unix is None and tcp is None:
-        unix = runtime / f"{DEVICE_NAME}.nbd"
     try:
-        if not volatile and state is None:
+        if unix is None and tcp is None:
+            unix = make_runtime_directory() / f"{DEVICE_NAME}.nbd"
+        if status is None:
+            status = make_runtime_directory() / f"{DEVICE_NAME}.status"
+        if state is None and not volatile:
             state = state_directory()
         run(
             Settings(
@@ -87,11 +88,11 @@ def serve(
                 state=state,
                 unix=unix,
                 tcp=tcp,
-                status=status or runtime / f"{DEVICE_NAME}.status",
+                status=status,
             ),
             click.echo,
         )
     except DaemonError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        raise click.ClickException(error.strerror or str(error)) from error
+        raise click.ClickException(str(error) if error.filename else error.strerror or str(error)) from error

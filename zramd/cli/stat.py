@@ -30,6 +30,8 @@ def stat(name: str, socket: Path | None) -> None:
     Example:
       zramd stat mm_stat
     """
+    if name.split() != [name]:
+        raise click.UsageError(f"{name!r} is not the name of an attribute; to change one: zramd set NAME=VALUE")
     click.echo(_ask(socket, name), nl=False)
 
 
@@ -47,7 +49,7 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
     """
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
-        if not equals or not name or not value:
+        if not equals or name.split() != [name] or not value.strip() or "\n" in value:
             raise click.UsageError(f"{assignment!r} is not NAME=VALUE")
         _ask(socket, f"{name} {value}")
 

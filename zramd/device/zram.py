@@ -45,8 +45,6 @@ _COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
 _HUGE = PageState.HUGE << ENTRY_STATE_SHIFT | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
 _NEVER_SET = ENTRY_RESERVED_MASK | ENTRY_PRIORITY_MASK << ENTRY_PRIORITY_SHIFT
-_READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
-_WRITES, _WRITE_SECTORS = int(Superblock.WRITES), int(Superblock.WRITE_SECTORS)
 
 
 class NoSpaceError(Exception):
@@ -148,6 +146,15 @@ class Device:
         self._scratch = self.stream(bytearray(PAGE_SIZE))
         self._limit_pages = self._words[Superblock.MEM_LIMIT]
         self._max_pages = self._words[Superblock.MEM_USED_MAX]
+        self._pages_compacted = self._words[Superblock.PAGES_COMPACTED]
+        self._huge_pages_since = self._words[Superblock.HUGE_PAGES_SINCE]
+        self._failed_reads = self._words[Superblock.FAILED_READS]
+        self._failed_writes = self._words[Superblock.FAILED_WRITES]
+        self._notify_free = self._words[Superblock.NOTIFY_FREE]
+        self._reads = self._words[Superblock.READS]
+        self._read_sectors = self._words[Superblock.READ_SECTORS]
+        self._writes = self._words[Superblock.WRITES]
+        self._write_sectors = self._words[Superblock.WRITE_SECTORS]
         self._pages_stored = 0
         self._compr_data_size = 0
         self._same_pages = 0
@@ -163,9 +170,8 @@ class Device:
         Raises:
             PageError: a page is damaged; `out` is as it was.
         """
-        words = self._words
-        words[_READS] += 1
-        words[_READ_SECTORS] += length >> 9
+        self._reads += 1
+        self._read_sectors += length >> 9
         first = offset >> PAGE_SHIFT
         end = offset + length
         if not (offset | length) & _PAGE_MASK:
@@ -192,7 +198,7 @@ class Device:
                     out.append(decompress(data))
                 except CodecError as error:
                     del out[before:]
-                    self._words[Superblock.FAILED_READS] += 1
+                    self._failed_reads += 1
                     raise PageError(f"page {index} is damaged: {error}") from error
             elif state == _HUGE_STATE:
                 out.append(pool.map(entry & ENTRY_HANDLE_MASK, PAGE_SIZE).tobytes())
@@ -201,34 +207,32 @@ class Device:
             else:
                 out.append(_ZERO_PAGE)
 
-    def write(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
-        """Write `data` at `offset`. The caller holds the lock.
+    def write(self, stream: Stream, start: int, length: int, offset: int, prepared: list[Prepared]) -> None:
+        """Write `length` bytes, at `start` in the stream's buffer, to `offset`. The caller holds the lock.
 
-        `prepared` is what a stream made of the whole pages in `data`; pages covered in part are read, modified and
+        `prepared` is what the stream made of the whole pages in them; pages covered in part are read, modified and
         compressed here.
 
         Raises:
             NoSpaceError: no room for a page: it keeps its old contents, those before it are written, the rest is not.
             PageError: a page covered in part is damaged.
         """
-        words = self._words
-        words[_WRITES] += 1
-        words[_WRITE_SECTORS] += len(data) >> 9
+        self._writes += 1
+        self._write_sectors += length >> 9
         try:
-            if not (offset | len(data)) & _PAGE_MASK:
+            if not (offset | length) & _PAGE_MASK:
                 self._store(offset >> PAGE_SHIFT, prepared)
             else:
-                self._write_unaligned(offset, data, prepared)
+                self._write_unaligned(offset, stream.view[start : start + length], prepared)
         except (NoMemoryError, NoSpaceError) as error:
-            words[Superblock.FAILED_WRITES] += 1
+            self._failed_writes += 1
             raise NoSpaceError(str(error)) from error
 
     def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
         head, whole_end = whole_pages(offset, len(data))
         if head:
             self._modify(offset, data[:head])
-        if whole_end > head:
-            self._store((offset + head) >> PAGE_SHIFT, prepared)
+        self._store((offset + head) >> PAGE_SHIFT, prepared)
         if whole_end < len(data):
             self._modify(offset + whole_end, data[whole_end:])
 
@@ -244,14 +248,15 @@ class Device:
 
     def _store(self, index: int, prepared: list[Prepared]) -> None:
         """Store pages from `index` on: new object first, then the entry, then the old object goes."""
-        if not prepared:
-            return
-        self._table.make_ready(index, index + len(prepared) - 1)
+        for chunk in range(index >> _CHUNK_SHIFT, (index + len(prepared) - 1 >> _CHUNK_SHIFT) + 1):
+            if not self._table.ready[chunk]:
+                self._table.make_ready(chunk)
         table, pool, limit = self._table.words, self.pool, self._limit_pages
         for page in prepared:
             if isinstance(page, int):
                 if page:
-                    self._elements.make_ready(index, index)
+                    if not self._elements.ready[index >> _CHUNK_SHIFT]:
+                        self._elements.make_ready(index >> _CHUNK_SHIFT)
                     self._elements.words[index] = page
                     entry = _SAME_FILLED | ENTRY_HAS_ELEMENT
                 else:
@@ -261,7 +266,7 @@ class Device:
                 handle = pool.store(page)
                 used = pool.pages
                 if used > self._max_pages:
-                    self._max_pages = self._words[Superblock.MEM_USED_MAX] = used
+                    self._max_pages = used
                 if limit and used > limit:
                     pool.free(handle)
                     raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
@@ -269,7 +274,7 @@ class Device:
                 if length == PAGE_SIZE:
                     entry = _HUGE | handle
                     self._huge_pages += 1
-                    self._words[Superblock.HUGE_PAGES_SINCE] += 1
+                    self._huge_pages_since += 1
                 else:
                     entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle
                 self._compr_data_size += length
@@ -301,7 +306,7 @@ class Device:
         end = (offset + length) >> PAGE_SHIFT
         if end <= first:
             return
-        self._words[Superblock.NOTIFY_FREE] += end - first
+        self._notify_free += end - first
         table, ready = self._table.words, self._table.ready
         for chunk in range(first >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
             if not ready[chunk]:
@@ -327,7 +332,7 @@ class Device:
             if whole_end < length:
                 self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
         except (NoMemoryError, NoSpaceError) as error:
-            self._words[Superblock.FAILED_WRITES] += 1
+            self._failed_writes += 1
             raise NoSpaceError(str(error)) from error
         self.discard(offset, length)
 
@@ -339,7 +344,8 @@ class Device:
     def reset_mem_used_max(self) -> None:
         """Set the high-water mark to what is used now. Takes the lock."""
         with self.lock:
-            self._max_pages = self._words[Superblock.MEM_USED_MAX] = self.pool.pages
+            self._max_pages = self.pool.pages
+            self.save_counters()
 
     def mm_stat(self) -> MmStat:
         """Return the memory counters of one moment. Takes the lock."""
@@ -351,25 +357,32 @@ class Device:
                 mem_limit=self._limit_pages * PAGE_SIZE,
                 mem_used_max=self._max_pages * PAGE_SIZE,
                 same_pages=self._same_pages,
-                pages_compacted=self._words[Superblock.PAGES_COMPACTED],
+                pages_compacted=self._pages_compacted,
                 huge_pages=self._huge_pages,
-                huge_pages_since=self._words[Superblock.HUGE_PAGES_SINCE],
+                huge_pages_since=self._huge_pages_since,
             )
 
     def io_stat(self) -> IoStat:
         """Return the failure and discard counters."""
-        words = self._words
-        return IoStat(words[Superblock.FAILED_READS], words[Superblock.FAILED_WRITES], 0, words[Superblock.NOTIFY_FREE])
+        return IoStat(self._failed_reads, self._failed_writes, 0, self._notify_free)
 
     def request_stat(self) -> RequestStat:
         """Return the request counters."""
+        return RequestStat(self._reads, self._read_sectors, self._writes, self._write_sectors)
+
+    def save_counters(self) -> None:
+        """Bring the lifetime counters in the superblock up to date, after a batch. The caller holds the lock."""
         words = self._words
-        return RequestStat(
-            words[Superblock.READS],
-            words[Superblock.READ_SECTORS],
-            words[Superblock.WRITES],
-            words[Superblock.WRITE_SECTORS],
-        )
+        words[Superblock.MEM_USED_MAX] = self._max_pages
+        words[Superblock.PAGES_COMPACTED] = self._pages_compacted
+        words[Superblock.HUGE_PAGES_SINCE] = self._huge_pages_since
+        words[Superblock.FAILED_READS] = self._failed_reads
+        words[Superblock.FAILED_WRITES] = self._failed_writes
+        words[Superblock.NOTIFY_FREE] = self._notify_free
+        words[Superblock.READS] = self._reads
+        words[Superblock.READ_SECTORS] = self._read_sectors
+        words[Superblock.WRITES] = self._writes
+        words[Superblock.WRITE_SECTORS] = self._write_sectors
 
     def recover(self) -> None:
         """Rebuild the private state from the regions.

@@ -1,6 +1,7 @@
 """The fixed newstyle handshake, from the greeting to the choice of an export."""
 
 import socket
+import time
 from collections.abc import Callable
 
 from zramd.nbd.export import MAXIMUM_PAYLOAD, MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
@@ -25,6 +26,8 @@ from zramd.nbd.protocol import (
     OptionReply,
 )
 
+HANDSHAKE_SECONDS = 10.0
+"""A client that has not chosen an export by then is disconnected."""
 MAX_OPTION_LENGTH = 1 << 20
 """Bytes of data in an option. Nothing legal is that long; a longer one ends the session."""
 MAX_OPTIONS = 1024
@@ -43,52 +46,60 @@ class _InvalidError(Exception):
     """An option's data contradict themselves: an error reply, and the handshake goes on."""
 
 
-def receive(sock: socket.socket, length: int) -> bytes:
-    """Receive exactly `length` bytes.
-
-    Raises:
-        SessionError: the client closed the connection first.
-    """
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        count = sock.recv_into(view)
-        if not count:
-            raise ClientLeftError("the client left during the handshake")
-        view = view[count:]
-    return bytes(data)
-
-
 class Handshake:
-    """One handshake on a connected socket."""
+    """One handshake on a connected socket, which must be over within `seconds`."""
 
-    def __init__(self, sock: socket.socket, exports: Exports) -> None:
+    def __init__(self, sock: socket.socket, exports: Exports, seconds: float = HANDSHAKE_SECONDS) -> None:
         self._sock = sock
         self._exports = exports
+        self._deadline = time.monotonic() + seconds
         self._no_zeroes = False
         self._fixed = False
+
+    def _receive(self, length: int) -> bytes:
+        """Receive exactly `length` bytes."""
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            self._limit_time()
+            count = self._sock.recv_into(view)
+            if not count:
+                raise ClientLeftError("the client left during the handshake")
+            view = view[count:]
+        return bytes(data)
+
+    def _send(self, data: bytes) -> None:
+        self._limit_time()
+        self._sock.sendall(data)
+
+    def _limit_time(self) -> None:
+        """Let the next system call on the socket take no longer than what is left for the handshake."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the handshake took too long")
+        self._sock.settimeout(left)
 
     def run(self) -> Export | None:
         """Negotiate. Return the export to serve, or None if the client said it is done.
 
         Raises:
             SessionError: the client broke the protocol or left.
-            OSError: the connection failed.
+            OSError: the connection failed, or the time is over.
         """
         offered = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
-        self._sock.sendall(GREETING.pack(NBDMAGIC, IHAVEOPT, offered))
-        (flags,) = CLIENT_FLAGS.unpack(receive(self._sock, CLIENT_FLAGS.size))
-        if flags & ~offered:
+        self._send(GREETING.pack(NBDMAGIC, IHAVEOPT, offered))
+        (flags,) = CLIENT_FLAGS.unpack(self._receive(CLIENT_FLAGS.size))
+        if flags & ~int(offered):
             raise SessionError(f"the client set unknown flags {flags:#x}")
         self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
         self._fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
         for _ in range(MAX_OPTIONS):
-            magic, option, length = OPTION.unpack(receive(self._sock, OPTION.size))
+            magic, option, length = OPTION.unpack(self._receive(OPTION.size))
             if magic != IHAVEOPT:
                 raise SessionError(f"an option starts with {magic:#x}")
             if length > MAX_OPTION_LENGTH:
                 raise SessionError(f"an option of {length} bytes is too long")
-            data = receive(self._sock, length)
+            data = self._receive(length)
             if option == Option.EXPORT_NAME:
                 return self._export_name(data)
             if not self._fixed:
@@ -102,7 +113,7 @@ class Handshake:
         raise SessionError(f"more than {MAX_OPTIONS} options")
 
     def _reply(self, option: int, reply: OptionReply, data: bytes = b"") -> None:
-        self._sock.sendall(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
+        self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
 
     def _option(self, option: int, data: bytes) -> Export | None:
         """Answer an option. Return an export if transmission follows."""
@@ -121,12 +132,15 @@ class Handshake:
             return None
 
     def _export_name(self, data: bytes) -> Export:
-        export = self._exports.find(_decode_name(data)) if len(data) <= MAX_NAME else None
+        # The protocol has no error reply to this option.
+        try:
+            export = self._exports.find(_decode_name(data)) if len(data) <= MAX_NAME else None
+        except _InvalidError as error:
+            raise SessionError(str(error)) from error
         if export is None:
-            # The protocol has no error reply to this option.
             raise SessionError("no such export")
         reply = EXPORT.pack(export.device.disksize, export.flags)
-        self._sock.sendall(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
+        self._send(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
         return export
 
     def _list(self, data: bytes) -> None:

@@ -9,11 +9,9 @@ import traceback
 from pathlib import Path
 
 from zramd.nbd.export import Exports
-from zramd.nbd.handshake import ClientLeftError, Handshake, SessionError
+from zramd.nbd.handshake import HANDSHAKE_SECONDS, ClientLeftError, Handshake, SessionError
 from zramd.nbd.transmission import Transmission
 
-HANDSHAKE_SECONDS = 10.0
-"""A client that has not chosen an export by then is disconnected."""
 SEND_BUFFER = 4 << 20
 """Bytes that a socket takes before a send blocks; the default of 208 KiB would block a long reply several times."""
 
@@ -73,8 +71,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise ListenError(f"cannot listen on {host}:{port}: it is not the address of a host") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -117,22 +115,23 @@ class Server:
                 threading.Event().wait(0.1)
                 continue
             thread = threading.Thread(target=self._serve_connection, args=(sock,), name="nbd", daemon=True)
+            # Started under the lock: stop() then finds only threads that it can wait for.
             with self._lock:
                 if self._stopping:
                     sock.close()
                     return
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    log.warning("cannot serve a connection: %s", error)
+                    sock.close()
+                    continue
                 self._connections[sock] = thread
-            try:
-                thread.start()
-            except RuntimeError as error:
-                log.warning("cannot serve a connection: %s", error)
-                self._forget(sock)
 
     def _serve_connection(self, sock: socket.socket) -> None:
         try:
             _tune(sock)
-            sock.settimeout(HANDSHAKE_SECONDS)
-            export = Handshake(sock, self._exports).run()
+            export = Handshake(sock, self._exports, HANDSHAKE_SECONDS).run()
             if export is not None:
                 sock.settimeout(None)
                 Transmission(sock, export).run()

@@ -50,12 +50,12 @@ _LONGEST = {
     _CACHE: 1 << 32,
     _WRITE_ZEROES: DISCARD_SLICE,
 }
-_NO_PAYLOAD = memoryview(b"")
+_NOTHING: list[Prepared] = []
 
 Header = tuple[int, int, int, int, int, int]
 """(magic, flags, command, cookie, offset, length), as REQUEST unpacks it."""
-Request = tuple[int, int, int, int, int, memoryview, list[Prepared]]
-"""(command, flags, cookie, offset, length, payload, prepared pages): neither long nor refused."""
+Request = tuple[int, int, int, int, int, int, list[Prepared]]
+"""(command, flags, cookie, offset, length, where the payload starts in the buffer, prepared pages); not refused."""
 
 
 class Transmission:
@@ -113,7 +113,7 @@ class Transmission:
         """
         batch: list[Request] = []
         buffer, start, end = self._buffer, self._start, self._end
-        unpack, prepare = REQUEST.unpack_from, self._stream.prepare
+        unpack, prepare, disksize = REQUEST.unpack_from, self._stream.prepare, self._disksize
         stop: Header | None = None
         while end - start >= _HEADER:
             header: Header = unpack(buffer, start)
@@ -126,15 +126,16 @@ class Transmission:
                 after += length
                 if after > end:
                     break
-            error = self._refusal(command, flags, offset, length)
+            error = 0
+            if flags or offset + length > disksize or command not in _LONGEST:
+                error = self._refusal(command, flags, offset, length)
             if error:
                 self._reply(error, cookie)
             elif command == _WRITE:
                 begin = after - length
-                prepared = prepare(begin, length, offset)
-                batch.append((command, flags, cookie, offset, length, buffer[begin:after], prepared))
+                batch.append((command, flags, cookie, offset, length, begin, prepare(begin, length, offset)))
             else:
-                batch.append((command, flags, cookie, offset, length, _NO_PAYLOAD, []))
+                batch.append((command, flags, cookie, offset, length, 0, _NOTHING))
             start = after
         self._start = start
         return batch, stop
@@ -156,17 +157,17 @@ class Transmission:
 
     def _apply(self, batch: list[Request]) -> None:
         """Apply requests in order and send all replies, under as few holds of the lock as MAX_REPLY allows."""
-        device = self._device
+        device, stream, replies, pack = self._device, self._stream, self._replies, SIMPLE_REPLY.pack
         position, count = 0, len(batch)
         while position < count:
             with device.lock:
                 while position < count and self._reply_bytes < MAX_REPLY:
-                    command, flags, cookie, offset, length, payload, prepared = batch[position]
+                    command, flags, cookie, offset, length, begin, prepared = batch[position]
                     position += 1
                     error = 0
                     try:
                         if command == _WRITE:
-                            device.write(offset, payload, prepared)
+                            device.write(stream, begin, length, offset, prepared)
                         elif command == _READ:
                             self._read(cookie, offset, length)
                             continue
@@ -176,7 +177,12 @@ class Transmission:
                             device.write_zeroes(offset, length)
                     except (NoSpaceError, PageError) as failure:
                         error = _error_number(failure)
-                    self._finish(command, flags, cookie, error)
+                    if not error and (flags & _FUA or command == _FLUSH):
+                        self._durable.append(cookie)
+                        continue
+                    replies.append(pack(SIMPLE_REPLY_MAGIC, error, cookie))
+                    self._reply_bytes += SIMPLE_REPLY.size
+                device.save_counters()
             self._send()
         self._send()
 
@@ -205,7 +211,10 @@ class Transmission:
             return
         elif not error:
             error = self._discard_pieces(command, offset, length)
-        self._finish(command, flags, cookie, error)
+        if not error and flags & _FUA:
+            self._durable.append(cookie)
+        else:
+            self._reply(error, cookie)
         self._send()
 
     def _write_pieces(self, offset: int, length: int, error: int) -> int:
@@ -217,12 +226,12 @@ class Transmission:
             while self._end - self._start < piece:
                 if not self._receive():
                     raise ClientLeftError("the client left in the middle of a write")
-            payload = self._buffer[self._start : self._start + piece]
             if not error:
                 prepared = self._stream.prepare(self._start, piece, offset)
                 try:
                     with device.lock:
-                        device.write(offset, payload, prepared)
+                        device.write(self._stream, self._start, piece, offset, prepared)
+                        device.save_counters()
                 except (NoSpaceError, PageError) as failure:
                     error = _error_number(failure)
             self._start += piece
@@ -242,6 +251,7 @@ class Transmission:
             try:
                 with self._device.lock:
                     self._device.read(offset, piece, self._replies)
+                    self._device.save_counters()
             except PageError as failure:
                 raise SessionError(f"a read failed after its reply had begun: {failure}") from failure
             self._reply_bytes += piece
@@ -260,18 +270,12 @@ class Transmission:
                         device.discard(offset, piece)
                     else:
                         device.write_zeroes(offset, piece)
+                    device.save_counters()
             except (NoSpaceError, PageError) as failure:
                 return _error_number(failure)
             offset += piece
             length -= piece
         return 0
-
-    def _finish(self, command: int, flags: int, cookie: int, error: int) -> None:
-        """Answer a request that has no data to return, at once or, if it asks for durability, after a flush."""
-        if not error and (command == _FLUSH or flags & _FUA):
-            self._durable.append(cookie)
-        else:
-            self._reply(error, cookie)
 
     def _reply(self, error: int, cookie: int) -> None:
         self._replies.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie))

@@ -18,7 +18,10 @@ def find_server() -> Path:
     Raises:
         StatusError: none runs, or several do.
     """
-    alive = [path for path in status_sockets() if _answers(path)]
+    try:
+        alive = [path for path in status_sockets() if _answers(path)]
+    except OSError as error:
+        raise StatusError(f"cannot look for servers: {error}; name one with --status PATH") from error
     if len(alive) == 1:
         return alive[0]
     if not alive:

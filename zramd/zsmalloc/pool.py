@@ -89,28 +89,28 @@ class ClassState:
         self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
         self.zspages = 0
 
-    def push(self, zspage: int, group: int) -> None:
-        """Put a zspage at the head of a fullness list."""
-        head = self.heads[group]
-        self.following[zspage] = head
-        self.heads[group] = zspage + 1
-        if head:
-            self.preceding[head - 1] = zspage + 1
-        else:
-            self.filled |= 1 << group
-
-    def remove(self, zspage: int, group: int) -> None:
-        """Take a zspage off its fullness list."""
-        after = self.following[zspage]
-        if self.heads[group] == zspage + 1:
-            self.heads[group] = after
-            if not after:
-                self.filled &= ~(1 << group)
-            return
-        before = self.preceding[zspage]
-        self.following[before - 1] = after
-        if after:
-            self.preceding[after - 1] = before
+    def regroup(self, zspage: int, before: int, after: int) -> None:
+        """Move a zspage to the head of another fullness list; group 11, which is full or no group, has none."""
+        following, heads = self.following, self.heads
+        if before != FULL:
+            neighbour = following[zspage]
+            if heads[before] == zspage + 1:
+                heads[before] = neighbour
+                if not neighbour:
+                    self.filled &= ~(1 << before)
+            else:
+                previous = self.preceding[zspage]
+                following[previous - 1] = neighbour
+                if neighbour:
+                    self.preceding[neighbour - 1] = previous
+        if after != FULL:
+            head = heads[after]
+            following[zspage] = head
+            heads[after] = zspage + 1
+            if head:
+                self.preceding[head - 1] = zspage + 1
+            else:
+                self.filled |= 1 << after
 
     def new_zspage(self) -> int:
         """Return a zspage of this class with one object, its first, in use.
@@ -123,14 +123,12 @@ class ClassState:
         self.used[zspage] = self.fresh[zspage] = 1
         self.free[zspage] = 0
         self.zspages += 1
-        if self.group_of[1] != FULL:
-            self.push(zspage, self.group_of[1])
+        self.regroup(zspage, FULL, self.group_of[1])
         return zspage
 
     def release_zspage(self, zspage: int, group: int) -> None:
         """Give back a zspage of which no object is in use; `group` is that of its last object."""
-        if group != FULL:
-            self.remove(zspage, group)
+        self.regroup(zspage, group, FULL)
         self.zspages -= 1
         self.arena.give(zspage)
 
@@ -202,9 +200,7 @@ class Pool:
             state.used[zspage] = used
             after = state.group_of[used]
             if after != group:
-                state.remove(zspage, group)
-                if after != FULL:
-                    state.push(zspage, after)
+                state.regroup(zspage, group, after)
             index = state.free[zspage]
             if index:
                 index -= 1
@@ -290,9 +286,7 @@ class Pool:
             state.free[zspage] = index + 1
             after = state.group_of[used]
             if after != before:
-                if before != FULL:
-                    state.remove(zspage, before)
-                state.push(zspage, after)
+                state.regroup(zspage, before, after)
         else:
             state.release_zspage(zspage, before)
             self.pages -= state.pages

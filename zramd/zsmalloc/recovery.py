@@ -86,7 +86,7 @@ def _rebuild_lists(pool: Pool, seen: bytearray) -> None:
             group = state.group_of[arena.used[zspage]]
             if group == FULL:
                 continue
-            state.push(zspage, group)
+            state.regroup(zspage, FULL, group)
             base = zspage << HANDLE_ZSPAGE_SHIFT | state.size_class.index << HANDLE_CLASS_SHIFT | HANDLE_IN_USE
             for index in reversed(range(arena.fresh[zspage])):
                 offset = zspage * state.span + index * state.size
