@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ServerProcess, start_server
-from zramd.device.zram import MmStat
+from zramd.device.counters import MmStat
 
 CONTROL = Path("/sys/class/zram-control")
 DISKSIZE = 256 << 20

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zramd.device.codecs import codec
+from zramd.device.counters import MmStat
 from zramd.device.opening import OpenDevice, Wanted
-from zramd.device.zram import Device, MmStat, NoSpaceError
+from zramd.device.zram import Device, NoSpaceError
 from zramd.layout import (
     ENTRY_HANDLE_MASK,
     ENTRY_SIZE_MASK,

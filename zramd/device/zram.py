@@ -6,9 +6,10 @@ Compression is the one expensive step that needs no lock; a `Stream` does it bef
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from zramd.device.codecs import Codec, CodecError
+from zramd.device.codecs import CodecError
+from zramd.device.counters import IoStat, MmStat, RequestStat
+from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
     ENTRY_HANDLE_MASK,
@@ -29,12 +30,8 @@ from zramd.layout import (
 from zramd.memory import NoMemoryError, Region, SparseTable
 from zramd.zsmalloc import DamagedError, Pool, recover
 
-Prepared = int | bytes | bytearray | memoryview
-"""One page as it will be stored: the pattern of a same-filled page, a compressed object, or the raw page."""
-
 _PAGE_MASK = PAGE_SIZE - 1
 _WORDS = PAGE_SIZE // WORD
-_LAST_WORD = PAGE_SIZE - WORD
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
 
@@ -53,76 +50,6 @@ class NoSpaceError(Exception):
 
 class PageError(Exception):
     """A stored page cannot be read back."""
-
-
-@dataclass(frozen=True, slots=True)
-class MmStat:
-    """The kernel's mm_stat. The first five are in bytes."""
-
-    orig_data_size: int
-    compr_data_size: int
-    mem_used_total: int
-    mem_limit: int
-    mem_used_max: int
-    same_pages: int
-    pages_compacted: int
-    huge_pages: int
-    huge_pages_since: int
-
-
-@dataclass(frozen=True, slots=True)
-class IoStat:
-    """The kernel's io_stat. Failures are counted for each request, notify_free for each page.
-
-    The transmission loop splits a request larger than its buffer, as the block layer splits a large bio.
-    """
-
-    failed_reads: int
-    failed_writes: int
-    invalid_io: int
-    notify_free: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestStat:
-    """Requests and 512-byte sectors read and written, failed ones too. Discards are not counted (Linux 6.18)."""
-
-    reads: int
-    read_sectors: int
-    writes: int
-    write_sectors: int
-
-
-class Stream:
-    """What one thread compresses with, and the buffer that it compresses from (the kernel's zcomp_strm)."""
-
-    __slots__ = ("_compress", "_huge_limit", "buffer", "view")
-
-    def __init__(self, buffer: bytearray, codec: Codec, huge_limit: int) -> None:
-        self.buffer = buffer
-        self.view = memoryview(buffer)
-        self._compress = codec.compressor(buffer)
-        self._huge_limit = huge_limit
-
-    def prepare(self, start: int, length: int, offset: int) -> list[Prepared]:
-        """Compress the whole pages of a write: `length` bytes at `start` in the buffer, for `offset` on the device.
-
-        No lock is needed. Raw pages in the result are views of the buffer.
-        """
-        if (offset | length) & _PAGE_MASK:
-            first, end = whole_pages(offset, length)
-            start, length = start + first, end - first
-        buffer, compress, limit = self.buffer, self._compress, self._huge_limit
-        prepared: list[Prepared] = []
-        for page in range(start, start + length, PAGE_SIZE):
-            if buffer[page : page + WORD] == buffer[page + _LAST_WORD : page + PAGE_SIZE]:
-                word = buffer[page : page + WORD]
-                if buffer[page : page + PAGE_SIZE] == word * _WORDS:
-                    prepared.append(int.from_bytes(word, "little"))
-                    continue
-            stored = compress(page)
-            prepared.append(stored if len(stored) < limit else self.view[page : page + PAGE_SIZE])
-        return prepared
 
 
 class Device:
@@ -421,13 +348,3 @@ class Device:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
             self._compr_data_size += length
             yield entry & ENTRY_HANDLE_MASK, length
-
-
-def whole_pages(offset: int, length: int) -> tuple[int, int]:
-    """Return where the whole pages of a request start and end, in bytes from its start; equal if it has none.
-
-    What lies before the start is the end of a page, what lies after the end is the start of one (or a part of the
-    inside of one).
-    """
-    head = min(-offset & _PAGE_MASK, length)
-    return head, head + (length - head & ~_PAGE_MASK)

@@ -10,7 +10,8 @@ larger than the buffer, a read larger than MAX_REPLY, a discard larger than DISC
 
 import socket
 
-from zramd.device.zram import NoSpaceError, PageError, Prepared
+from zramd.device.stream import Prepared
+from zramd.device.zram import NoSpaceError, PageError
 from zramd.layout import PAGE_SIZE
 from zramd.nbd.export import MAXIMUM_PAYLOAD, Export
 from zramd.nbd.handshake import ClientLeftError, SessionError
