@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -129,9 +130,9 @@ def _attach_command(settings: Settings) -> str:
     """Return what a user may paste to get a block device: by the kernel's NBD client, or by nbdfuse and loop."""
     uri = _uris(settings)[0]
     if has_nbd():
-        target = f"-unix {settings.unix}" if settings.unix else "{} {}".format(*settings.tcp or ())
+        target = f"-unix {shlex.quote(str(settings.unix))}" if settings.unix else "{} {}".format(*settings.tcp or ())
         return f"nbd-client {target} /dev/nbd0 -b {PAGE_SIZE}"
-    directory = settings.status.with_suffix(".mnt")
+    directory = shlex.quote(str(settings.status.with_suffix(".mnt")))
     return (
         f"mkdir -p {directory}; nbdfuse {directory}/nbd '{uri}' & "
         f"sleep 1; losetup --find --show --direct-io=on --sector-size={PAGE_SIZE} {directory}/nbd"

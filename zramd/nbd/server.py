@@ -15,6 +15,9 @@ from zramd.nbd.transmission import Transmission
 SEND_BUFFER = 4 << 20
 """Bytes that a socket takes before a send blocks; the default of 208 KiB would block a long reply several times."""
 
+MAX_UNIX_PATH = 107
+"""Bytes in the path of a Unix socket: sun_path without its NUL."""
+
 log = logging.getLogger(__name__)
 
 
@@ -28,23 +31,29 @@ def listen_unix(path: Path) -> socket.socket:
     Raises:
         ListenError: the path is taken or cannot be used.
     """
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
+        raise ListenError(f"cannot listen on {path}: a socket's path has at most {MAX_UNIX_PATH} bytes")
+    # It listens before it has its name: whoever finds the name refusing connections knows that its server is dead.
+    unnamed = path.with_name(f".{os.getpid()}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Before bind: the file then never exists with another mode.
         os.fchmod(sock.fileno(), 0o600)
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        sock.bind(str(unnamed))
         try:
-            sock.bind(str(path))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            path.unlink()
-            sock.bind(str(path))
-        sock.listen(128)
+            sock.listen(128)
+            if _is_stale(path):
+                path.unlink()
+            os.link(unnamed, path)
+        finally:
+            unnamed.unlink()
     except OSError as error:
         sock.close()
-        hint = "another server listens there" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        raise ListenError(f"cannot listen on {path}: {hint}") from error
+        reason = error.strerror or str(error)
+        if error.errno == errno.EEXIST:
+            reason = "another server listens there" if path.is_socket() else "there is a file that is no socket"
+        raise ListenError(f"cannot listen on {path}: {reason}") from error
     return sock
 
 

@@ -78,12 +78,15 @@ class StatusServer:
                 lines.append(pending)
             sock.settimeout(SEND_SECONDS)
             for line in lines:
+                if len(line) > MAX_LINE:
+                    pending = line
+                    break
                 if line.strip():
                     sock.sendall(self._answer(line).encode() + b"\n")
-            if not received:
-                return
             if len(pending) > MAX_LINE:
                 sock.sendall(f"error: E2BIG a request has at most {MAX_LINE} bytes\n\n".encode())
+                return
+            if not received:
                 return
 
     def _answer(self, line: bytes) -> str:
