@@ -175,9 +175,9 @@ class Device:
 
     def _store(self, index: int, prepared: list[Prepared]) -> None:
         """Store pages from `index` on: new object first, then the entry, then the old object goes."""
-        for chunk in range(index >> _CHUNK_SHIFT, (index + len(prepared) - 1 >> _CHUNK_SHIFT) + 1):
-            if not self._table.ready[chunk]:
-                self._table.make_ready(chunk)
+        chunk, last = index >> _CHUNK_SHIFT, index + len(prepared) - 1 >> _CHUNK_SHIFT
+        if chunk != last or not self._table.ready[chunk]:
+            self._make_ready(chunk, last)
         table, pool, limit = self._table.words, self.pool, self._limit_pages
         for page in prepared:
             if isinstance(page, int):
@@ -190,14 +190,14 @@ class Device:
                     entry = _SAME_FILLED
                 self._same_pages += 1
             else:
-                handle = pool.store(page)
+                length = len(page)
+                handle = pool.malloc(length, page)
                 used = pool.pages
                 if used > self._max_pages:
                     self._max_pages = used
                 if limit and used > limit:
                     pool.free(handle)
                     raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
-                length = len(page)
                 if length == PAGE_SIZE:
                     entry = _HUGE | handle
                     self._huge_pages += 1
@@ -209,12 +209,17 @@ class Device:
             table[index] = entry
             if old:
                 self._release(old)
-            self._pages_stored += 1
+            else:
+                self._pages_stored += 1
             index += 1
+
+    def _make_ready(self, chunk: int, last: int) -> None:
+        for unready in range(chunk, last + 1):
+            if not self._table.ready[unready]:
+                self._table.make_ready(unready)
 
     def _release(self, entry: int) -> None:
         """Free what an entry that is no longer in the table refers to."""
-        self._pages_stored -= 1
         state = entry & _STATE_MASK
         if state == _SAME_FILLED:
             self._same_pages -= 1
@@ -244,6 +249,7 @@ class Device:
                 if entry:
                     table[index] = 0
                     self._release(entry)
+                    self._pages_stored -= 1
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.

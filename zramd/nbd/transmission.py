@@ -4,8 +4,8 @@ One receive brings in whatever the client has sent, all complete requests in it 
 the device is locked once for all of them, and one gathered send answers them. At a queue depth of 32 that is two
 system calls and one lock for 32 requests.
 
-Memory is bounded by the receive buffer and by MAX_REPLY, and the time under the lock by both: a long request (a write
-larger than the buffer, a read larger than MAX_REPLY, a discard larger than DISCARD_SLICE) is applied in pieces.
+Memory is bounded by the receive buffer and by MAX_REPLY, and the time under the lock by both: a request longer than
+the buffer is applied in pieces.
 """
 
 import socket
@@ -29,6 +29,8 @@ BUFFER_SIZE = 512 << 10
 """Bytes received at once at most; also what a connection costs in memory."""
 MAX_REPLY = 1 << 20
 """Bytes of replies gathered before they are sent."""
+LONG = BUFFER_SIZE - REQUEST.size
+"""A request of more bytes than this is long. A write that is not fits the buffer."""
 WRITE_SLICE = BUFFER_SIZE // 2
 """Bytes of a long write that are applied at once."""
 DISCARD_SLICE = 4 << 20
@@ -43,14 +45,7 @@ _HEADER = REQUEST.size
 _READ, _WRITE, _DISC, _FLUSH, _TRIM, _CACHE, _WRITE_ZEROES = map(int, Command)
 _FUA, _NO_HOLE = map(int, CommandFlag)
 _EINVAL, _ENOSPC, _EIO = int(Error.EINVAL), int(Error.ENOSPC), int(Error.EIO)
-_LONGEST = {
-    _READ: MAX_REPLY,
-    _WRITE: BUFFER_SIZE - _HEADER,
-    _FLUSH: 1 << 32,
-    _TRIM: DISCARD_SLICE,
-    _CACHE: 1 << 32,
-    _WRITE_ZEROES: DISCARD_SLICE,
-}
+_COMMANDS = frozenset(map(int, Command))
 _NOTHING: list[Prepared] = []
 
 Header = tuple[int, int, int, int, int, int]
@@ -120,23 +115,23 @@ class Transmission:
             header: Header = unpack(buffer, start)
             magic, flags, command, cookie, offset, length = header
             after = start + _HEADER
-            if magic != REQUEST_MAGIC or command == _DISC or length > _LONGEST.get(command, length):
+            if magic != REQUEST_MAGIC or length > LONG or command == _DISC:
                 stop, start = header, after
                 break
+            begin = after
             if command == _WRITE:
                 after += length
                 if after > end:
                     break
-            error = 0
-            if flags or offset + length > disksize or command not in _LONGEST:
+            # What is plain and in bounds needs no closer look.
+            if flags or offset + length > disksize or command > _TRIM:
                 error = self._refusal(command, flags, offset, length)
-            if error:
-                self._reply(error, cookie)
-            elif command == _WRITE:
-                begin = after - length
-                batch.append((command, flags, cookie, offset, length, begin, prepare(begin, length, offset)))
-            else:
-                batch.append((command, flags, cookie, offset, length, 0, _NOTHING))
+                if error:
+                    self._reply(error, cookie)
+                    start = after
+                    continue
+            prepared = prepare(begin, length, offset) if command == _WRITE else _NOTHING
+            batch.append((command, flags, cookie, offset, length, begin, prepared))
             start = after
         self._start = start
         return batch, stop
@@ -148,7 +143,7 @@ class Transmission:
         """
         if flags & ~_FUA and (command != _WRITE_ZEROES or flags & ~(_FUA | _NO_HOLE)):
             return _EINVAL
-        if command not in _LONGEST:
+        if command not in _COMMANDS:
             return _EINVAL
         if offset + length > self._disksize and command != _FLUSH:
             return _ENOSPC if command in (_WRITE, _WRITE_ZEROES) else _EINVAL
@@ -178,11 +173,11 @@ class Transmission:
                             device.write_zeroes(offset, length)
                     except (NoSpaceError, PageError) as failure:
                         error = _error_number(failure)
-                    if not error and (flags & _FUA or command == _FLUSH):
-                        self._durable.append(cookie)
-                        continue
-                    replies.append(pack(SIMPLE_REPLY_MAGIC, error, cookie))
-                    self._reply_bytes += SIMPLE_REPLY.size
+                    if command == _WRITE and not flags:
+                        replies.append(pack(SIMPLE_REPLY_MAGIC, error, cookie))
+                        self._reply_bytes += SIMPLE_REPLY.size
+                    else:
+                        self._finish(command, flags, cookie, error)
                 device.save_counters()
             self._send()
         self._send()
@@ -210,12 +205,9 @@ class Transmission:
         elif not error and command == _READ:
             self._read_pieces(cookie, offset, length)
             return
-        elif not error:
+        elif not error and command in (_TRIM, _WRITE_ZEROES):
             error = self._discard_pieces(command, offset, length)
-        if not error and flags & _FUA:
-            self._durable.append(cookie)
-        else:
-            self._reply(error, cookie)
+        self._finish(command, flags, cookie, error)
         self._send()
 
     def _write_pieces(self, offset: int, length: int, error: int) -> int:
@@ -277,6 +269,13 @@ class Transmission:
             offset += piece
             length -= piece
         return 0
+
+    def _finish(self, command: int, flags: int, cookie: int, error: int) -> None:
+        """Answer a request that has no data to return, at once or, if it asks for durability, after a flush."""
+        if not error and (command == _FLUSH or flags & _FUA):
+            self._durable.append(cookie)
+        else:
+            self._reply(error, cookie)
 
     def _reply(self, error: int, cookie: int) -> None:
         self._replies.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie))

@@ -152,9 +152,6 @@ class Pool:
         self._free_handle = 0
         self._next_handle = 1
         self._ready_handles = 0
-        # Where the payload of the object allocated last lies, for `store`.
-        self._map = self.handle_region.map
-        self._payload = 0
         for pages in range(1, geometry.chain_size + 1):
             span = pages * PAGE_SIZE
             share = ADDRESS_SPACE // geometry.chain_size
@@ -162,33 +159,21 @@ class Pool:
             self.arenas.append(Arena(open_region(f"arena{pages}", zspages * span), pages))
         states = {kept.index: ClassState(kept, self.arenas[kept.pages - 1]) for kept in geometry.kept()}
         self.classes = [states[geometry.classes[raw].index] for raw in range(RAW_CLASSES)]
-        self._class_for = [self.classes[0]] + [
-            states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1)
-        ]
+        self._class_for: list[ClassState | None] = [None]
+        self._class_for += (states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1))
 
-    def store(self, payload: Payload) -> int:
-        """Allocate an object of `len(payload)` bytes, copy the payload in, and return its handle.
+    def malloc(self, length: int, payload: Payload | None = None) -> int:
+        """Allocate an object of `length` bytes (1..4096) and return its handle.
 
-        Raises:
-            ValueError: the length is not in 1..4096.
-            NoMemoryError: there is no room; nothing changed.
-        """
-        length = len(payload)
-        handle = self.malloc(length)
-        start = self._payload
-        self._map[start : start + length] = payload
-        return handle
-
-    def malloc(self, length: int) -> int:
-        """Allocate an object of `length` bytes (1..4096), its contents undefined, and return its handle.
+        It holds `payload` (of that length), or whatever was there before.
 
         Raises:
             ValueError: the length is out of range.
             NoMemoryError: there is no room; nothing changed.
         """
-        if not 0 < length <= PAGE_SIZE:
+        state = self._class_for[length] if length <= PAGE_SIZE else None
+        if state is None:
             raise ValueError(f"an object has 1 to {PAGE_SIZE} bytes, not {length}")
-        state = self._class_for[length]
         handle = self._free_handle
         if not handle and self._next_handle >= self._ready_handles:
             self._grow_handles()
@@ -225,7 +210,8 @@ class Pool:
         if state.size != PAGE_SIZE:
             state.words[offset >> 3] = handle << 1 | HEADER_IN_USE
             offset += WORD
-        self._map, self._payload = state.map, offset
+        if payload is not None:
+            state.map[offset : offset + length] = payload
         return handle
 
     def _grow_handles(self) -> None:
@@ -235,7 +221,10 @@ class Pool:
         self._ready_handles += HANDLE_CHUNK
 
     def restore_handles(self, free: int, following: int, ready: int) -> None:
-        """Take over a handle table: head of the free list, first handle never used, number that may be touched."""
+        """Take over a handle table: head of the free list, first handle never used, number that may be touched.
+
+        The words of handles never used are 0.
+        """
         self._free_handle = free
         self._next_handle = following
         self._ready_handles = ready
@@ -246,9 +235,9 @@ class Pool:
         The view shows the object until the object is freed or moved.
 
         Raises:
-            KeyError: there is no such object.
+            LookupError: there is no such object.
         """
-        word = self._handles[handle] if 0 < handle < self._next_handle else 0
+        word = self._handles[handle]
         if not word & HANDLE_IN_USE:
             raise KeyError(f"no object has the handle {handle}")
         state = self.classes[word >> HANDLE_CLASS_SHIFT & HANDLE_CLASS_MASK]
@@ -268,10 +257,10 @@ class Pool:
         """Free an object.
 
         Raises:
-            KeyError: there is no such object.
+            LookupError: there is no such object.
         """
         handles = self._handles
-        word = handles[handle] if 0 < handle < self._next_handle else 0
+        word = handles[handle]
         if not word & HANDLE_IN_USE:
             raise KeyError(f"no object has the handle {handle}")
         state = self.classes[word >> HANDLE_CLASS_SHIFT & HANDLE_CLASS_MASK]

@@ -111,4 +111,6 @@ def _rebuild_handles(pool: Pool, seen: bytearray, ready: int) -> None:
         if not seen[handle]:
             handles[handle] = free << 1
             free = handle
+    # Left over from handles that no entry reaches.
+    pool.handle_region.bytes[top * WORD : ready * WORD] = bytes((ready - top) * WORD)
     pool.restore_handles(free, max(1, top), ready)
