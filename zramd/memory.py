@@ -148,6 +148,8 @@ class RegionStore:
         """
         if sys.byteorder != "little":
             raise OSError(errno.ENOTSUP, "the layout of the regions is little-endian; this machine is not")
+        if mmap.PAGESIZE != PAGE_SIZE:
+            raise OSError(errno.ENOTSUP, f"zramd needs a kernel with pages of {PAGE_SIZE} bytes, not {mmap.PAGESIZE}")
         self.directory = directory
         self._lock = -1
         if directory is None:

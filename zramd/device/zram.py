@@ -73,6 +73,7 @@ class Device:
         self._scratch = self.stream(bytearray(PAGE_SIZE))
         self._limit_pages = self._words[Superblock.MEM_LIMIT]
         self._max_pages = self._words[Superblock.MEM_USED_MAX]
+        self._noted_pages = 0  # nothing is to be noted up to here: the mark is as high, and the limit is no lower
         self._pages_compacted = self._words[Superblock.PAGES_COMPACTED]
         self._huge_pages_since = self._words[Superblock.HUGE_PAGES_SINCE]
         self._failed_reads = self._words[Superblock.FAILED_READS]
@@ -178,7 +179,7 @@ class Device:
         chunk, last = index >> _CHUNK_SHIFT, index + len(prepared) - 1 >> _CHUNK_SHIFT
         if chunk != last or not self._table.ready[chunk]:
             self._make_ready(chunk, last)
-        table, pool, limit = self._table.words, self.pool, self._limit_pages
+        table, pool = self._table.words, self.pool
         for page in prepared:
             if isinstance(page, int):
                 if page:
@@ -192,12 +193,8 @@ class Device:
             else:
                 length = len(page)
                 handle = pool.malloc(length, page)
-                used = pool.pages
-                if used > self._max_pages:
-                    self._max_pages = used
-                if limit and used > limit:
-                    pool.free(handle)
-                    raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
+                if pool.pages > self._noted_pages:
+                    self._note_use(handle)
                 if length == PAGE_SIZE:
                     entry = _HUGE | handle
                     self._huge_pages += 1
@@ -207,11 +204,23 @@ class Device:
                 self._compr_data_size += length
             old = table[index]
             table[index] = entry
-            if old:
-                self._release(old)
-            else:
+            if not old:
                 self._pages_stored += 1
+            elif old & _STATE_MASK == _COMPRESSED:
+                pool.free(old & ENTRY_HANDLE_MASK)
+                self._compr_data_size -= old >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+            else:
+                self._release(old)
             index += 1
+
+    def _note_use(self, handle: int) -> None:
+        """Raise the high-water mark to what the pool uses now, and then refuse `handle` if that is over the limit."""
+        used, limit = self.pool.pages, self._limit_pages
+        self._max_pages = max(self._max_pages, used)
+        self._noted_pages = min(self._max_pages, limit) if limit else self._max_pages
+        if limit and used > limit:
+            self.pool.free(handle)
+            raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
 
     def _make_ready(self, chunk: int, last: int) -> None:
         for unready in range(chunk, last + 1):
@@ -273,11 +282,13 @@ class Device:
         """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""
         with self.lock:
             self._limit_pages = self._words[Superblock.MEM_LIMIT] = -(-limit // PAGE_SIZE)
+            self._noted_pages = 0
 
     def reset_mem_used_max(self) -> None:
         """Set the high-water mark to what is used now. Takes the lock."""
         with self.lock:
             self._max_pages = self.pool.pages
+            self._noted_pages = 0
             self.save_counters()
 
     def mm_stat(self) -> MmStat:
