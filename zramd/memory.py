@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from zramd.layout import PAGE_SIZE, WORD
+from zramd.layout import PAGE_SIZE
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 FALLOC_FL_KEEP_SIZE = 1
@@ -108,23 +108,23 @@ class Region:
 
 
 class SparseTable:
-    """A region with a fixed number of bytes for each page of the device, populated in chunks when first stored to.
+    """A region with a word for each page of the device, populated page by page when first stored to.
 
     `ready[index >> CHUNK_SHIFT]` says whether the words around `index` may be touched. A chunk that is not ready is
-    all zeros and must not be read either, because reading it would allocate it.
+    all zeros and must not be read either, because reading it would allocate it. A chunk is one page of the table, 2 MiB
+    of the device: a file system that puts a little everywhere then costs little.
     """
 
-    CHUNK_SHIFT = 13
-    CHUNK_BYTES = WORD << CHUNK_SHIFT
+    CHUNK_SHIFT = 9
 
     def __init__(self, region: Region) -> None:
         self.region = region
         self.words = region.words
-        self.ready = bytearray(-(-region.size // self.CHUNK_BYTES))
+        self.ready = bytearray(region.size // PAGE_SIZE)
         for start, end in region.data_ranges():
-            # A chunk that is populated in part (a crash in the middle of growing) is completed.
-            for chunk in range(start // self.CHUNK_BYTES, -(-end // self.CHUNK_BYTES)):
-                self.make_ready(chunk)
+            first, count = start // PAGE_SIZE, -(-end // PAGE_SIZE) - start // PAGE_SIZE
+            region.populate(first * PAGE_SIZE, count * PAGE_SIZE)
+            self.ready[first : first + count] = b"\1" * count
 
     def make_ready(self, chunk: int) -> None:
         """Make the words of a chunk fit to store to.
@@ -132,8 +132,7 @@ class SparseTable:
         Raises:
             NoMemoryError: there is no room.
         """
-        offset = chunk * self.CHUNK_BYTES
-        self.region.populate(offset, min(self.CHUNK_BYTES, self.region.size - offset))
+        self.region.populate(chunk * PAGE_SIZE, PAGE_SIZE)
         self.ready[chunk] = 1
 
 

@@ -249,9 +249,8 @@ class Device:
             return
         self._notify_free += end - first
         table, ready = self._table.words, self._table.ready
-        for chunk in range(first >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
-            if not ready[chunk]:
-                continue
+        chunk, stop = (first >> _CHUNK_SHIFT) - 1, ((end - 1) >> _CHUNK_SHIFT) + 1
+        while (chunk := ready.find(1, chunk + 1, stop)) >= 0:
             low = max(first, chunk << _CHUNK_SHIFT)
             high = min(end, (chunk + 1) << _CHUNK_SHIFT)
             for index, entry in enumerate(table[low:high].tolist(), low):
