@@ -68,6 +68,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             gc.freeze()
             signal.sigwait(stop_signals)
         if settings.state is not None:
+            opened.leave()
             announce(f"stopped; the contents stay in {settings.state} until it is removed or the machine restarts")
     except (StateError, NoMemoryError, RegionError, ListenError) as error:
         raise DaemonError(str(error)) from error

@@ -95,6 +95,7 @@ class Superblock(IntEnum):
     FIT_RULE = 5
     UUID = 6  # two words
     MEM_LIMIT = 8  # pages, 0: none
+    BOOT_ID = 10  # two words: the boot under which the regions are in use; 0: they were left in order
     CODECS = 16  # four times six words
     # Lifetime counters, brought up to date once for each batch of requests.
     MEM_USED_MAX = 64  # pages

@@ -1,7 +1,7 @@
 """Regions of shared memory: create, open, populate, give back to the OS.
 
-A region is one sparse file, on tmpfs or as a memfd, mapped whole. Nobody writes to a part of it that was not
-populated first: a first touch that the file system has no room for would be a SIGBUS, populating it is an error.
+A region is one sparse file, on tmpfs or as a memfd, mapped whole. Nobody touches a part of it that was not populated
+first, not even to read it: a first touch that the file system has no room for is a SIGBUS, populating is an error.
 """
 
 import ctypes
@@ -54,16 +54,17 @@ class Region:
         self.words = self.bytes.cast("Q")
 
     def populate(self, offset: int, length: int) -> None:
-        """Allocate and map `length` bytes from `offset` (both multiples of 4096).
+        """Allocate and map `length` bytes from `offset` (both multiples of 4096), none of which are in use.
 
         Raises:
-            NoMemoryError: there is no room; a part may have been allocated, and the next try takes it over.
+            NoMemoryError: there is no room; what could be had was given back, since others may need it.
         """
         try:
             self.map.madvise(MADV_POPULATE_WRITE, offset, length)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise NoMemoryError("the kernel cannot populate memory: Linux 5.14 or newer is needed") from error
+            self.punch(offset, length)
             raise NoMemoryError(f"no memory left to grow {self.name} by {length} bytes") from error
 
     def punch(self, offset: int, length: int) -> None:
@@ -123,7 +124,6 @@ class SparseTable:
         self.ready = bytearray(region.size // PAGE_SIZE)
         for start, end in region.data_ranges():
             first, count = start // PAGE_SIZE, -(-end // PAGE_SIZE) - start // PAGE_SIZE
-            region.populate(first * PAGE_SIZE, count * PAGE_SIZE)
             self.ready[first : first + count] = b"\1" * count
 
     def make_ready(self, chunk: int) -> None:
@@ -171,8 +171,13 @@ class RegionStore:
             raise
 
     def exists(self, name: str) -> bool:
-        """Say whether a region of this name is kept here."""
-        return self.directory is not None and (self.directory / name).exists()
+        """Say whether a region of this name is kept here, and has anything in it."""
+        if self.directory is None:
+            return False
+        try:
+            return (self.directory / name).stat().st_blocks > 0
+        except FileNotFoundError:
+            return False
 
     def open(self, name: str, size: int, *, create: bool) -> Region:
         """Map the region `name` of `size` bytes, new and empty if `create`.

@@ -51,16 +51,14 @@ def make_data(kind: str, seed: int, length: int) -> bytearray:
 def write(device: Device, offset: int, data: bytearray) -> None:
     stream = device.stream(data)
     prepared = stream.prepare(0, len(data), offset)
-    with device.lock:
+    with device:
         device.write(stream, 0, len(data), offset, prepared)
-        device.save_counters()
 
 
 def read(device: Device, offset: int, length: int) -> bytes:
     out: list[bytes | memoryview] = []
-    with device.lock:
+    with device:
         device.read(offset, length, out)
-        device.save_counters()
     return b"".join(out)
 
 
@@ -130,9 +128,8 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule(offset=offsets, length=lengths)
     def discard(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
-        with self.device.lock:
+        with self.device:
             self.device.discard(offset, length)
-            self.device.save_counters()
         first, end = -(-offset // PAGE_SIZE), (offset + length) // PAGE_SIZE
         if end > first:
             self.expected[first * PAGE_SIZE : end * PAGE_SIZE] = bytes((end - first) * PAGE_SIZE)
@@ -142,9 +139,8 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule(offset=offsets, length=lengths)
     def write_zeroes(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
-        with self.device.lock:
+        with self.device:
             self.device.write_zeroes(offset, length)
-            self.device.save_counters()
         self.expected[offset : offset + length] = bytes(length)
         self.notify_free += max(0, (offset + length) // PAGE_SIZE - -(-offset // PAGE_SIZE))
 

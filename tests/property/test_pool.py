@@ -14,7 +14,7 @@ from zramd.zsmalloc import FitRule, Pool, SizeClass, geometry
 from zramd.zsmalloc.classes import FULL, fullness_group
 from zramd.zsmalloc.recovery import recover
 
-OBJECTS = 4096
+OBJECTS = 1 << 16
 
 
 @dataclass(eq=False)

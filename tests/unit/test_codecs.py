@@ -84,7 +84,9 @@ def test_a_codec_is_named_as_zram_generator_names_it(text: str, name: str, level
     assert (chosen.name, chosen.level) == (name, level)
 
 
-@pytest.mark.parametrize("text", ["", "gzip", "zstd:9", "zstd(level=99)", "lz4hc(level=0)", "zstd(9)"])
+@pytest.mark.parametrize(
+    "text", ["", "gzip", "zstd:9", "zstd(level=99)", "lz4hc(level=0)", "lz4(level=99999999999)", "zstd(9)"]
+)
 def test_what_names_no_codec_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"algorithm|levels"):
         parse_codec(text)

@@ -122,6 +122,8 @@ def _zstd_decompressor() -> Decompress:
 NAMES = ("lz4", "lz4hc", "zstd")
 """In the order in which the kernel lists them."""
 
+MAX_ACCELERATION = 65537
+"""liblz4's LZ4_ACCELERATION_MAX."""
 _DEFAULT_LEVELS = {"lz4": 1, "lz4hc": 9, "zstd": 3}
 
 
@@ -136,6 +138,8 @@ def codec(name: str, level: int | None = None) -> Codec:
     chosen = _DEFAULT_LEVELS[name] if level is None else level
     if name == "lz4":
         chosen = max(1, chosen)
+        if chosen > MAX_ACCELERATION:
+            raise ValueError(f"lz4 has levels 1 to {MAX_ACCELERATION}, not {chosen}")
         return Codec(name, chosen, lambda source: _lz4_compressor(source, chosen), _lz4_decompressor)
     if name == "lz4hc":
         if not 1 <= chosen <= 12:

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zramd.device.codecs import Codec, codec
-from zramd.device.superblock import Identity, StateError, load_identity, store_identity
+from zramd.device.superblock import (
+    Identity,
+    StateError,
+    check_boot,
+    load_identity,
+    note_boot,
+    note_end,
+    store_identity,
+)
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD
 from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
@@ -31,6 +39,7 @@ class OpenDevice:
 
     Attributes:
         recovered: whether the device was found in kept regions.
+        regions: all of them, open.
         on_disk: whether a flush has to write the regions to a disk.
     """
 
@@ -44,7 +53,7 @@ class OpenDevice:
             OSError: the regions cannot be opened.
         """
         self._store = store
-        self._regions: list[Region] = []
+        self.regions: list[Region] = []
         self.on_disk = store.on_disk()
         try:
             identity = self._find(wanted)
@@ -57,23 +66,34 @@ class OpenDevice:
             raise
 
     def _find(self, wanted: Wanted) -> Identity | None:
-        if not self._store.exists("superblock"):
-            return None
         where = self._store.directory
-        superblock = self._store.open("superblock", PAGE_SIZE, create=False)
+        identity = None
         try:
-            identity = load_identity(superblock.words)
+            # Reading a superblock that was never populated could be a SIGBUS.
+            if self._store.exists("superblock"):
+                superblock = self._store.open("superblock", PAGE_SIZE, create=False)
+                try:
+                    identity = load_identity(superblock.words)
+                    if identity is not None:
+                        check_boot(superblock.words)
+                finally:
+                    superblock.close()
+            if identity is None and self._store.exists("page_table"):
+                raise StateError("there is a page table, but no superblock that belongs to it")
         except StateError as error:
             raise StateError(f"{where}: {error}; remove the directory to start afresh") from error
-        finally:
-            superblock.close()
         if identity is not None:
             _check(identity, wanted, where)
         return identity
 
     def _build(self, identity: Identity) -> Device:
-        superblock = self._open("superblock", PAGE_SIZE)
-        superblock.populate(0, PAGE_SIZE)
+        self._superblock = superblock = self._open("superblock", PAGE_SIZE)
+        if self.recovered:
+            note_boot(superblock.words)
+            if self.on_disk:
+                superblock.sync()
+        else:
+            superblock.populate(0, PAGE_SIZE)
         pages = identity.disksize >> PAGE_SHIFT
         table = SparseTable(self._open("page_table", round_up_to_page(pages * WORD)))
         elements_region = self._open("elements", round_up_to_page(pages * WORD))
@@ -93,7 +113,7 @@ class OpenDevice:
 
     def _open(self, name: str, size: int) -> Region:
         region = self._store.open(name, size, create=not self.recovered)
-        self._regions.append(region)
+        self.regions.append(region)
         return region
 
     def flush(self) -> None:
@@ -103,14 +123,25 @@ class OpenDevice:
             OSError: the medium failed.
         """
         if self.on_disk:
-            for region in self._regions:
+            for region in self.regions:
                 region.sync()
+
+    def leave(self) -> None:
+        """Make the regions fit to be used after a restart of the machine too. No more may be written to the device.
+
+        Raises:
+            OSError: the medium failed.
+        """
+        self.flush()
+        note_end(self._superblock.words)
+        if self.on_disk:
+            self._superblock.sync()
 
     def close(self) -> None:
         """Unmap the regions. Nobody may use the device any more."""
-        for region in self._regions:
+        for region in self.regions:
             region.close()
-        self._regions.clear()
+        self.regions.clear()
         self._store.close()
 
 

@@ -2,6 +2,7 @@
 
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 from zramd.device.codecs import Codec, codec
 from zramd.layout import (
@@ -46,6 +47,7 @@ def store_identity(words: memoryview, identity: Identity) -> None:
         raw = name[word * WORD : (word + 1) * WORD]
         words[Superblock.CODECS + word] = int.from_bytes(raw, "little")
     words[Superblock.CODECS + CODEC_NAME_WORDS] = identity.codec.level + CODEC_LEVEL_BIAS
+    note_boot(words)
     words[Superblock.MAGIC] = MAGIC
 
 
@@ -75,3 +77,34 @@ def load_identity(words: memoryview) -> Identity | None:
         )
     except ValueError as error:
         raise StateError(f"the superblock is damaged: {error}") from error
+
+
+def note_boot(words: memoryview) -> None:
+    """Note under which boot of the machine the regions are written to."""
+    for word, value in enumerate(_boot_id()):
+        words[Superblock.BOOT_ID + word] = value
+
+
+def note_end(words: memoryview) -> None:
+    """Note that the regions are complete, and whole on their medium."""
+    for word in range(2):
+        words[Superblock.BOOT_ID + word] = 0
+
+
+def check_boot(words: memoryview) -> None:
+    """Check that nothing was lost between the regions and their medium.
+
+    A process that is killed loses nothing. A machine that goes down does: the parts of regions on a disk are written
+    back in any order, and a page-table entry may then lead to another page's object without anybody noticing.
+
+    Raises:
+        StateError: the machine went down while the regions were in use.
+    """
+    noted = (words[Superblock.BOOT_ID], words[Superblock.BOOT_ID + 1])
+    if noted not in ((0, 0), _boot_id()):
+        raise StateError("the machine went down while the regions were in use, so they may contradict each other")
+
+
+def _boot_id() -> tuple[int, int]:
+    raw = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    return int.from_bytes(raw[:WORD], "little"), int.from_bytes(raw[WORD:], "little")

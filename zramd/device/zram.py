@@ -55,7 +55,8 @@ class PageError(Exception):
 class Device:
     """One zram device on its regions.
 
-    `identity` says what it is; `lock` guards every method that does not say that it takes it.
+    `identity` says what it is. `lock` guards what says "the caller holds the lock"; `with device:` holds it for a batch
+    and saves the counters at the end.
     """
 
     def __init__(
@@ -88,6 +89,13 @@ class Device:
         self._same_pages = 0
         self._huge_pages = 0
 
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._save_counters()
+        self.lock.release()
+
     def stream(self, buffer: bytearray) -> "Stream":
         """Return a stream for a thread that receives into `buffer`."""
         return Stream(buffer, self.identity.codec, self._huge_limit)
@@ -102,11 +110,15 @@ class Device:
         self._read_sectors += length >> 9
         first = offset >> PAGE_SHIFT
         end = offset + length
-        if not (offset | length) & _PAGE_MASK:
-            self._load(first, end >> PAGE_SHIFT, out)
-            return
-        pages: list[bytes | memoryview] = []
-        self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages)
+        try:
+            if not (offset | length) & _PAGE_MASK:
+                self._load(first, end >> PAGE_SHIFT, out)
+                return
+            pages: list[bytes | memoryview] = []
+            self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages)
+        except PageError:
+            self._failed_reads += 1
+            raise
         if end & _PAGE_MASK:
             pages[-1] = memoryview(pages[-1])[: end & _PAGE_MASK]
         if offset & _PAGE_MASK:
@@ -126,7 +138,6 @@ class Device:
                     out.append(decompress(data))
                 except CodecError as error:
                     del out[before:]
-                    self._failed_reads += 1
                     raise PageError(f"page {index} is damaged: {error}") from error
             elif state == _HUGE_STATE:
                 out.append(pool.map(entry & ENTRY_HANDLE_MASK, PAGE_SIZE).tobytes())
@@ -152,9 +163,12 @@ class Device:
                 self._store(offset >> PAGE_SHIFT, prepared)
             else:
                 self._write_unaligned(offset, stream.view[start : start + length], prepared)
-        except (NoMemoryError, NoSpaceError) as error:
+        except NoMemoryError as error:
             self._failed_writes += 1
             raise NoSpaceError(str(error)) from error
+        except (NoSpaceError, PageError):
+            self._failed_writes += 1
+            raise
 
     def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
         head, whole_end = whole_pages(offset, len(data))
@@ -272,9 +286,12 @@ class Device:
                 self._modify(offset, memoryview(bytes(head)))
             if whole_end < length:
                 self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
-        except (NoMemoryError, NoSpaceError) as error:
+        except NoMemoryError as error:
             self._failed_writes += 1
             raise NoSpaceError(str(error)) from error
+        except (NoSpaceError, PageError):
+            self._failed_writes += 1
+            raise
         self.discard(offset, length)
 
     def set_mem_limit(self, limit: int) -> None:
@@ -288,7 +305,7 @@ class Device:
         with self.lock:
             self._max_pages = self.pool.pages
             self._noted_pages = 0
-            self.save_counters()
+            self._save_counters()
 
     def mm_stat(self) -> MmStat:
         """Return the memory counters of one moment. Takes the lock."""
@@ -313,8 +330,8 @@ class Device:
         """Return the request counters."""
         return RequestStat(self._reads, self._read_sectors, self._writes, self._write_sectors)
 
-    def save_counters(self) -> None:
-        """Bring the lifetime counters in the superblock up to date, after a batch. The caller holds the lock."""
+    def _save_counters(self) -> None:
+        """Bring the lifetime counters in the superblock up to date."""
         words = self._words
         words[Superblock.MEM_USED_MAX] = self._max_pages
         words[Superblock.PAGES_COMPACTED] = self._pages_compacted
@@ -337,6 +354,9 @@ class Device:
             recover(self.pool, self._scan())
         except DamagedError as error:
             raise StateError(f"the regions are damaged: {error}") from error
+        # What the last batch counted may not have been saved.
+        self._max_pages = max(self._max_pages, self.pool.pages)
+        self._huge_pages_since = max(self._huge_pages_since, self._huge_pages)
 
     def entries(self) -> Iterator[tuple[int, int]]:
         """Yield (page, entry) of each page that is not empty. The caller holds the lock."""

@@ -61,10 +61,8 @@ class OptionReply(IntEnum):
     SERVER = 2
     INFO = 3
     ERR_UNSUP = 2**31 + 1
-    ERR_POLICY = 2**31 + 2
     ERR_INVALID = 2**31 + 3
     ERR_UNKNOWN = 2**31 + 6
-    ERR_TOO_BIG = 2**31 + 9
 
 
 class Info(IntEnum):
@@ -80,10 +78,8 @@ class TransmissionFlag(IntFlag):
     """What an export can do."""
 
     HAS_FLAGS = 1 << 0
-    READ_ONLY = 1 << 1
     SEND_FLUSH = 1 << 2
     SEND_FUA = 1 << 3
-    ROTATIONAL = 1 << 4
     SEND_TRIM = 1 << 5
     SEND_WRITE_ZEROES = 1 << 6
     CAN_MULTI_CONN = 1 << 8

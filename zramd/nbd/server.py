@@ -15,6 +15,8 @@ from zramd.nbd.transmission import Transmission
 SEND_BUFFER = 4 << 20
 """Bytes that a socket takes before a send blocks; the default of 208 KiB would block a long reply several times."""
 
+MAX_CONNECTIONS = 256
+"""At half a megabyte each. One more is closed before it costs a thread."""
 MAX_UNIX_PATH = 107
 """Bytes in the path of a Unix socket: sun_path without its NUL."""
 
@@ -129,6 +131,10 @@ class Server:
                 if self._stopping:
                     sock.close()
                     return
+                if len(self._connections) >= MAX_CONNECTIONS:
+                    log.warning("more than %d connections: one refused", MAX_CONNECTIONS)
+                    sock.close()
+                    continue
                 try:
                     thread.start()
                 except RuntimeError as error:
@@ -200,3 +206,5 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer that has vanished without a word gives its place up in the end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

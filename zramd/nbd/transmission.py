@@ -4,10 +4,15 @@ One receive brings in whatever the client has sent, all complete requests in it 
 the device is locked once for all of them, and one gathered send answers them. At a queue depth of 32 that is two
 system calls and one lock for 32 requests.
 
-Memory is bounded by the receive buffer and by MAX_REPLY, and the time under the lock by both: a request longer than
-the buffer is applied in pieces.
+Memory is bounded by the receive buffer and by MAX_REPLY, and the time under the lock by the latter: a request longer
+than the buffer is applied in pieces.
+
+The fence: a client that has lost its connection sends what was not answered again, on another, and may then overwrite
+it there. So nothing is applied for a client that is gone; whether it is gone is looked at under the device's lock, and
+whatever it does elsewhere comes after that. Only one that took its leave (DISC) is owed all that it had asked for.
 """
 
+import select
 import socket
 
 from zramd.device.stream import Prepared
@@ -28,7 +33,8 @@ from zramd.nbd.protocol import (
 BUFFER_SIZE = 512 << 10
 """Bytes received at once at most; also what a connection costs in memory."""
 MAX_REPLY = 1 << 20
-"""Bytes of replies gathered before they are sent."""
+"""Bytes of replies gathered before they are sent; also of work done under one hold of the lock, a page being added for
+each request: at 4 KiB each that is 128 requests and about a millisecond."""
 LONG = BUFFER_SIZE - REQUEST.size
 """A request of more bytes than this is long. A write that is not fits the buffer."""
 WRITE_SLICE = BUFFER_SIZE // 2
@@ -69,6 +75,11 @@ class Transmission:
         self._replies: list[bytes | memoryview] = []
         self._reply_bytes = 0
         self._durable: list[int] = []  # cookies of requests to be answered after a flush
+        self._payload_left = 0  # of a long write: the next request starts this far behind `_start`
+        self._leaving = False  # the client has said DISC
+        self._poll = select.poll()
+        # With no events asked for, a full close (HUP) or an error of a Unix peer; TCP needs to be asked for its FIN.
+        self._poll.register(sock, 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
 
     def run(self) -> None:
         """Serve requests until the client disconnects.
@@ -80,6 +91,9 @@ class Transmission:
         while self._receive():
             while True:
                 batch, stop = self._parse()
+                if stop is not None:
+                    self._leaving = stop[2] == _DISC and stop[0] == REQUEST_MAGIC
+                    self._payload_left = stop[5] if stop[2] == _WRITE else 0
                 self._apply(batch)
                 if stop is None:
                     break
@@ -97,9 +111,41 @@ class Transmission:
             rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
-        count = self._sock.recv_into(self._buffer[self._end :])
+        try:
+            count = self._sock.recv_into(self._buffer[self._end :])
+        except ConnectionResetError:
+            # A Unix peer that left replies unread: what it had sent can still be received.
+            count = self._sock.recv_into(self._buffer[self._end :])
         self._end += count
         return count > 0
+
+    def _require_client(self) -> None:
+        """Check that the client is still there, or has said DISC. The caller holds the device's lock.
+
+        Raises:
+            ClientLeftError: it is gone.
+        """
+        if self._poll.poll(0) and not self._said_disconnect():
+            raise ClientLeftError("the client left; what it had asked for and not seen answered is dropped")
+
+    def _said_disconnect(self) -> bool:
+        """Say whether a client that is gone had said DISC, as far as the buffer can hold what it sent."""
+        if self._leaving:
+            return True
+        try:
+            while count := self._sock.recv_into(self._buffer[self._end :], 0, socket.MSG_DONTWAIT):
+                self._end += count
+        except OSError:
+            return False
+        position = self._start + self._payload_left
+        while self._end - position >= _HEADER:
+            magic, _, command, _, _, length = REQUEST.unpack_from(self._buffer, position)
+            if magic != REQUEST_MAGIC:
+                return False
+            if command == _DISC:
+                return True
+            position += _HEADER + (length if command == _WRITE else 0)
+        return False
 
     def _parse(self) -> tuple[list[Request], Header | None]:
         """Consume the complete requests in the buffer, answer those that are refused, compress what others write.
@@ -156,10 +202,13 @@ class Transmission:
         device, stream, replies, pack = self._device, self._stream, self._replies, SIMPLE_REPLY.pack
         position, count = 0, len(batch)
         while position < count:
-            with device.lock:
-                while position < count and self._reply_bytes < MAX_REPLY:
+            with device:
+                self._require_client()
+                work = 0
+                while position < count and work < MAX_REPLY:
                     command, flags, cookie, offset, length, begin, prepared = batch[position]
                     position += 1
+                    work += length + PAGE_SIZE
                     error = 0
                     try:
                         if command == _WRITE:
@@ -178,7 +227,6 @@ class Transmission:
                         self._reply_bytes += SIMPLE_REPLY.size
                     else:
                         self._finish(command, flags, cookie, error)
-                device.save_counters()
             self._send()
         self._send()
 
@@ -207,6 +255,7 @@ class Transmission:
             return
         elif not error and command in (_TRIM, _WRITE_ZEROES):
             error = self._discard_pieces(command, offset, length)
+        self._payload_left = 0
         self._finish(command, flags, cookie, error)
         self._send()
 
@@ -221,10 +270,11 @@ class Transmission:
                     raise ClientLeftError("the client left in the middle of a write")
             if not error:
                 prepared = self._stream.prepare(self._start, piece, offset)
+                self._payload_left = length
                 try:
-                    with device.lock:
+                    with device:
+                        self._require_client()
                         device.write(self._stream, self._start, piece, offset, prepared)
-                        device.save_counters()
                 except (NoSpaceError, PageError) as failure:
                     error = _error_number(failure)
             self._start += piece
@@ -242,9 +292,8 @@ class Transmission:
         while length:
             piece = min(length, MAX_REPLY - offset % PAGE_SIZE)
             try:
-                with self._device.lock:
+                with self._device:
                     self._device.read(offset, piece, self._replies)
-                    self._device.save_counters()
             except PageError as failure:
                 raise SessionError(f"a read failed after its reply had begun: {failure}") from failure
             self._reply_bytes += piece
@@ -258,12 +307,12 @@ class Transmission:
         while length:
             piece = min(length, DISCARD_SLICE - offset % PAGE_SIZE)
             try:
-                with device.lock:
+                with device:
+                    self._require_client()
                     if command == _TRIM:
                         device.discard(offset, piece)
                     else:
                         device.write_zeroes(offset, piece)
-                    device.save_counters()
             except (NoSpaceError, PageError) as failure:
                 return _error_number(failure)
             offset += piece
@@ -294,7 +343,12 @@ class Transmission:
             self._durable.clear()
         replies = self._replies
         while replies:
-            sent = self._sock.sendmsg(replies[:IOV_MAX])
+            try:
+                sent = self._sock.sendmsg(replies[:IOV_MAX])
+            except (BrokenPipeError, ConnectionResetError):
+                if not self._said_disconnect():
+                    raise
+                sent = self._reply_bytes
             if sent == self._reply_bytes:
                 replies.clear()
                 self._reply_bytes = 0

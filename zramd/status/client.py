@@ -1,5 +1,6 @@
 """The client of the status socket, and how it finds the server."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -56,14 +57,14 @@ def ask(path: Path, request: str) -> str:
     """
     try:
         with _connect(path) as sock:
-            sock.sendall(request.encode() + b"\n")
+            sock.sendall(os.fsencode(request) + b"\n")
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
     except OSError as error:
         raise StatusError(f"no server answers at {path}: {error.strerror or error}") from error
     if not answer.endswith(b"\n"):
         raise StatusError(f"the server at {path} closed the connection without an answer")
-    text = answer[:-1].decode()
+    text = answer[:-1].decode(errors="replace")
     if text.startswith("error: "):
         raise StatusError(text.removeprefix("error: ").rstrip("\n"))
     return text

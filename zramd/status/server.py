@@ -16,6 +16,8 @@ from zramd.status.attributes import AttributeRefusedError, Served, read, write
 MAX_LINE = 4096
 """Bytes in a request."""
 MAX_CLIENTS = 32
+IDLE_SECONDS = 60.0
+"""A client that asks nothing for so long is disconnected: the place may be needed."""
 SEND_SECONDS = 5.0
 """A client that does not take its answer by then is disconnected."""
 
@@ -54,7 +56,12 @@ class StatusServer:
             if not self._places.acquire(blocking=False):
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock,), name="status", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock,), name="status", daemon=True).start()
+            except RuntimeError as error:
+                log.warning("cannot serve a status client: %s", error)
+                sock.close()
+                self._places.release()
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -70,7 +77,7 @@ class StatusServer:
     def _answer_lines(self, sock: socket.socket) -> None:
         pending = b""
         while True:
-            sock.settimeout(None)
+            sock.settimeout(IDLE_SECONDS)
             received = sock.recv(MAX_LINE)
             pending += received
             *lines, pending = pending.split(b"\n")

@@ -4,16 +4,20 @@ An arena hands out zspage numbers. Their memory is populated in batches ahead of
 batches behind it, so that resident memory follows the pool without a system call for each zspage.
 """
 
+import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
 from zramd.layout import PAGE_SIZE
-from zramd.memory import NoMemoryError, Region
+from zramd.memory import NoMemoryError, Region, RegionError
 
 GROW_PAGES = 64
 """Pages populated at once: about 25 microseconds of the kernel's time."""
 RESERVE_PAGES = 512
 """Free pages kept resident at most in each arena; when more are free, half of this stays."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Arena:
@@ -61,50 +65,63 @@ class Arena:
             self._shrink()
 
     def _grow(self) -> None:
-        batch = max(1, GROW_PAGES // self.pages)
+        try:
+            self._grow_by(max(1, GROW_PAGES // self.pages))
+        except NoMemoryError:
+            # There may still be room for the one that is needed.
+            self._grow_by(1)
+
+    def _grow_by(self, count: int) -> None:
         if self._punched:
-            zspages = sorted(self._punched[-batch:])
+            zspages = array("I", sorted(self._punched[-count:]))
             self._populate(zspages)
-            del self._punched[-batch:]
+            del self._punched[-count:]
         else:
             first = len(self)
-            zspages = list(range(first, min(first + batch, self.capacity)))
+            zspages = array("I", range(first, min(first + count, self.capacity)))
             if not zspages:
                 raise NoMemoryError(f"no zspage of {self.pages} pages is left: its address range is used up")
             self._populate(zspages)
             self._extend(len(zspages))
         self._populated.extend(reversed(zspages))
 
-    def _populate(self, zspages: list[int]) -> None:
+    def _populate(self, zspages: "array[int]") -> None:
         span = self.pages * PAGE_SIZE
         for start, end in _runs(zspages):
             self.region.populate(start * span, (end - start) * span)
 
     def _extend(self, count: int) -> None:
         for column in (self.used, self.free, self.fresh, self.following, self.preceding, self.size_class):
-            column.extend([0] * count)
+            column.frombytes(bytes(count * column.itemsize))
 
     def _shrink(self) -> None:
         """Punch the zspages that were given back longest ago, in order of address so that neighbours go together."""
         count = len(self._populated) - self._reserve // 2
-        span = self.pages * PAGE_SIZE
-        zspages = sorted(self._populated[:count])
-        for start, end in _runs(zspages):
-            self.region.punch(start * span, (end - start) * span)
+        zspages = array("I", sorted(self._populated[:count]))
         del self._populated[:count]
-        self._punched.extend(reversed(zspages))
+        self._punch(zspages)
+
+    def _punch(self, zspages: "array[int]") -> None:
+        """Give free zspages (ascending) back to the OS. Where that fails they stay populated, and are used again."""
+        span = self.pages * PAGE_SIZE
+        done = 0
+        try:
+            for start, end in _runs(zspages):
+                self.region.punch(start * span, (end - start) * span)
+                done += end - start
+        except RegionError as error:
+            log.warning("memory stays allocated: %s", error)
+            self._reserve = self.capacity
+        self._punched.extend(zspages[:done])
+        self._populated.extend(zspages[done:])
 
     def restore(self, count: int) -> None:
-        """Prepare the private state of `count` zspages found in the region, all free until `adopt` says otherwise."""
+        """Prepare the private state of `count` zspages found in the region, all of them free so far."""
         self._extend(count - len(self))
 
     def release_unused(self) -> None:
         """After recovery: punch what no object was found in."""
-        span = self.pages * PAGE_SIZE
-        unused = [zspage for zspage in range(len(self)) if not self.used[zspage]]
-        for start, end in _runs(unused):
-            self.region.punch(start * span, (end - start) * span)
-        self._punched.extend(reversed(unused))
+        self._punch(array("I", (zspage for zspage in range(len(self)) if not self.used[zspage])))
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -233,8 +233,14 @@ class Pool:
     def _grow_handles(self) -> None:
         if self._next_handle >= self._handle_limit:
             raise NoMemoryError("every handle is in use")
-        self.handle_region.populate(self._ready_handles * WORD, HANDLE_CHUNK * WORD)
-        self._ready_handles += HANDLE_CHUNK
+        start = self._ready_handles * WORD
+        length = min(HANDLE_CHUNK * WORD, self.handle_region.size - start)
+        try:
+            self.handle_region.populate(start, length)
+        except NoMemoryError:
+            length = PAGE_SIZE
+            self.handle_region.populate(start, length)
+        self._ready_handles += length // WORD
 
     def restore_handles(self, free: int, following: int, ready: int) -> None:
         """Take over a handle table: head of the free list, first handle never used, number that may be touched.

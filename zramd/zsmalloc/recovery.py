@@ -18,7 +18,7 @@ from zramd.layout import (
     WORD,
 )
 from zramd.zsmalloc.classes import FULL
-from zramd.zsmalloc.pool import HANDLE_CHUNK, Pool
+from zramd.zsmalloc.pool import Pool
 
 
 class DamagedError(Exception):
@@ -35,10 +35,7 @@ def recover(pool: Pool, objects: Iterable[tuple[int, int]]) -> None:
         span = arena.pages * PAGE_SIZE
         end = max((end for _, end in arena.region.data_ranges()), default=0)
         arena.restore(min(arena.capacity, -(-end // span)))
-    ready = max((end for _, end in pool.handle_region.data_ranges()), default=0)
-    ready = -(-ready // (HANDLE_CHUNK * WORD)) * HANDLE_CHUNK
-    if ready:
-        pool.handle_region.populate(0, ready * WORD)
+    ready = max((end for _, end in pool.handle_region.data_ranges()), default=0) // PAGE_SIZE * PAGE_SIZE // WORD
     seen = bytearray(ready)
     for handle, length in objects:
         if handle >= ready or seen[handle]:

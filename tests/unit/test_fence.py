@@ -1,0 +1,78 @@
+"""What becomes of requests whose client is gone: see the fence in zramd/nbd/transmission.py."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.nbd_bytes import DISC, TRIM, request, write_request
+from tests.property.test_device import make_data, read, write
+from zramd.device.opening import OpenDevice
+from zramd.layout import PAGE_SIZE
+from zramd.nbd.export import Export
+from zramd.nbd.handshake import ClientLeftError
+from zramd.nbd.transmission import Transmission
+
+OLD = make_data("text", 1, 1 << 20)
+NEW = make_data("text", 2, 1 << 20)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    client, server = socket.socketpair()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    with client, server:
+        yield client, server
+
+
+def serve(server: socket.socket, opened: OpenDevice) -> None:
+    Transmission(server, Export("disk", "", opened.device, opened.flush)).run()
+
+
+def page_writes(count: int) -> bytes:
+    pages = (bytes(NEW[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]) for number in range(count))
+    return b"".join(write_request(number, number * PAGE_SIZE, page) for number, page in enumerate(pages))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [page_writes(32), write_request(1, 0, bytes(NEW)), request(TRIM, 1, 0, 1 << 20), page_writes(8) + b"%"],
+    ids=["32 writes", "a long write", "a long trim", "writes and a part of a header"],
+)
+def test_nothing_is_applied_for_a_client_that_is_gone(
+    opened: OpenDevice, pair: tuple[socket.socket, socket.socket], sent: bytes
+) -> None:
+    client, server = pair
+    write(opened.device, 0, OLD)
+    client.sendall(sent)
+    client.close()
+    with pytest.raises(ClientLeftError, match="dropped"):
+        serve(server, opened)
+    assert read(opened.device, 0, len(OLD)) == OLD
+
+
+@pytest.mark.parametrize(
+    ("sent", "length"),
+    [(page_writes(32), 32 * PAGE_SIZE), (write_request(1, 0, bytes(NEW[: 300 << 10])), 300 << 10)],
+    ids=["32 writes", "one write"],
+)
+def test_a_client_that_said_disconnect_gets_all_it_asked_for(
+    opened: OpenDevice, pair: tuple[socket.socket, socket.socket], sent: bytes, length: int
+) -> None:
+    client, server = pair
+    write(opened.device, 0, OLD)
+    client.sendall(sent + request(DISC, 99))
+    client.close()
+    serve(server, opened)
+    assert read(opened.device, 0, len(OLD)) == NEW[:length] + OLD[length:]
+
+
+def test_a_client_that_only_stops_sending_gets_its_answers(
+    opened: OpenDevice, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    client, server = pair
+    client.sendall(page_writes(32))
+    client.shutdown(socket.SHUT_WR)
+    serve(server, opened)
+    assert len(client.recv(65536)) == 32 * 16
+    assert read(opened.device, 0, 32 * PAGE_SIZE) == NEW[: 32 * PAGE_SIZE]
