@@ -1,6 +1,7 @@
 """What becomes of requests whose client is gone: see the fence in zramd/nbd/transmission.py."""
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -65,6 +66,24 @@ def test_a_client_that_said_disconnect_gets_all_it_asked_for(
     client.close()
     serve(server, opened)
     assert read(opened.device, 0, len(OLD)) == NEW[:length] + OLD[length:]
+
+
+def test_a_client_that_said_disconnect_and_left_answers_unread_gets_the_rest(
+    opened: OpenDevice, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    client, server = pair
+    sent = page_writes(32)
+    first = 10 * (28 + PAGE_SIZE)
+    client.sendall(sent[:first])
+    thread = threading.Thread(target=serve, args=(server, opened))
+    thread.start()
+    client.recv(1, socket.MSG_PEEK)
+    with opened.device.lock:
+        client.sendall(sent[first:] + request(DISC, 99))
+        client.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert read(opened.device, 0, 32 * PAGE_SIZE) == NEW[: 32 * PAGE_SIZE]
 
 
 def test_a_client_that_only_stops_sending_gets_its_answers(

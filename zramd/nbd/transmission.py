@@ -111,11 +111,15 @@ class Transmission:
             rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
+        return self._receive_behind(0)
+
+    def _receive_behind(self, flags: int) -> bool:
+        """Receive into the free end of the buffer; say whether there was anything."""
         try:
-            count = self._sock.recv_into(self._buffer[self._end :])
+            count = self._sock.recv_into(self._buffer[self._end :], 0, flags)
         except ConnectionResetError:
             # A Unix peer that left replies unread: what it had sent can still be received.
-            count = self._sock.recv_into(self._buffer[self._end :])
+            count = self._sock.recv_into(self._buffer[self._end :], 0, flags)
         self._end += count
         return count > 0
 
@@ -133,8 +137,8 @@ class Transmission:
         if self._leaving:
             return True
         try:
-            while count := self._sock.recv_into(self._buffer[self._end :], 0, socket.MSG_DONTWAIT):
-                self._end += count
+            while self._receive_behind(socket.MSG_DONTWAIT):
+                pass
         except OSError:
             return False
         position = self._start + self._payload_left
