@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.nbd_bytes import DISC, TRIM, request, write_request
+from tests.nbd_bytes import DISC, TRIM, request, wait_until_taken, write_request
 from tests.property.test_device import make_data, read, write
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
@@ -73,13 +73,15 @@ def test_a_client_that_said_disconnect_and_left_answers_unread_gets_the_rest(
 ) -> None:
     client, server = pair
     sent = page_writes(32)
-    first = 10 * (28 + PAGE_SIZE)
-    client.sendall(sent[:first])
+    answered, received = 10 * (28 + PAGE_SIZE), 20 * (28 + PAGE_SIZE)
+    client.sendall(sent[:answered])
     thread = threading.Thread(target=serve, args=(server, opened))
     thread.start()
     client.recv(1, socket.MSG_PEEK)
     with opened.device.lock:
-        client.sendall(sent[first:] + request(DISC, 99))
+        client.sendall(sent[answered:received])
+        wait_until_taken(client)
+        client.sendall(sent[received:] + request(DISC, 99))
         client.close()
     thread.join(60)
     assert not thread.is_alive()

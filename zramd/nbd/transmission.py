@@ -77,6 +77,7 @@ class Transmission:
         self._durable: list[int] = []  # cookies of requests to be answered after a flush
         self._payload_left = 0  # of a long write: the next request starts this far behind `_start`
         self._leaving = False  # the client has said DISC
+        self._drained = False  # all that a client that is gone had sent is in the buffer
         self._poll = select.poll()
         # With no events asked for, a full close (HUP) or an error of a Unix peer; TCP needs to be asked for its FIN.
         self._poll.register(sock, 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
@@ -96,6 +97,8 @@ class Transmission:
                     self._payload_left = stop[5] if stop[2] == _WRITE else 0
                 self._apply(batch)
                 if stop is None:
+                    if batch and self._drained:
+                        continue
                     break
                 if stop[0] != REQUEST_MAGIC:
                     raise SessionError(f"a request starts with {stop[0]:#x}")
@@ -136,6 +139,7 @@ class Transmission:
         """Say whether a client that is gone had said DISC, as far as the buffer can hold what it sent."""
         if self._leaving:
             return True
+        self._drained = True
         try:
             while self._receive_behind(socket.MSG_DONTWAIT):
                 pass
