@@ -1,5 +1,6 @@
 """What many tests start from: a device in this process, and a server in another."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,3 +74,13 @@ def opened() -> Iterator[OpenDevice]:
     device = OpenDevice(RegionStore(None), Wanted(disksize=64 << 20, codec=codec("lz4")))
     yield device
     device.close()
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """Mount a tmpfs of 2 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M,mode=0700", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)

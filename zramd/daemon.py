@@ -51,6 +51,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
 
     Raises:
         DaemonError: the daemon could not start.
+        OSError: the regions cannot be opened, or not be left in order.
     """
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     # Before any thread is made, so that only sigwait below ever receives them.
@@ -72,8 +73,6 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             announce(f"stopped; the contents stay in {settings.state} until it is removed or the machine restarts")
     except (StateError, NoMemoryError, RegionError, ListenError) as error:
         raise DaemonError(str(error)) from error
-    except OSError as error:
-        raise DaemonError(str(error) if error.filename else error.strerror or str(error)) from error
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ class RegionStore:
         return Region(fd, size, name)
 
     def on_disk(self) -> bool:
-        """Say whether the regions outlive a power cut, so that a flush has something to do."""
+        """Say whether the regions lie on a disk, so that a flush has something to do."""
         return self.directory is not None and not is_memory_backed(self.directory)
 
     def close(self) -> None:

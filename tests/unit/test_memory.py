@@ -1,23 +1,10 @@
 import errno
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from zramd.layout import PAGE_SIZE
 from zramd.memory import NoMemoryError, RegionStore, SparseTable, is_memory_backed
-
-
-@pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """Mount a tmpfs of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to mount a small tmpfs")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=0700", "tmpfs", str(tmp_path)], check=True)
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_region_is_sparse_until_populated_and_after_being_punched() -> None:

@@ -6,7 +6,9 @@
 import os
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Self
 
 # Root by `su` has no sbin on its PATH, and losetup lies there.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -26,6 +28,24 @@ class NotRootError(AttachError):
 
 class InUseError(AttachError):
     """The device is mounted or swapped to, so it cannot go away."""
+
+
+class Attachment(ABC):
+    """An attached export; as a context manager it detaches at the end."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Undo the attach. May be called more than once.
+
+        Raises:
+            AttachError: it could not be undone.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
 
 def require_root() -> None:

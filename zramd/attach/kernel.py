@@ -3,10 +3,9 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from zramd.attach import AttachError, find_tool, require_root, require_unused, run_tool
+from zramd.attach import AttachError, Attachment, find_tool, require_root, require_unused, run_tool
 from zramd.layout import PAGE_SIZE
 
 
@@ -22,8 +21,8 @@ def has_nbd() -> bool:
 
 
 @dataclass(frozen=True)
-class NbdDevice:
-    """An attached export. Made by `attach`; as a context manager it detaches at the end."""
+class NbdDevice(Attachment):
+    """An attached export. Made by `attach`."""
 
     path: Path
 
@@ -68,11 +67,3 @@ class NbdDevice:
     def _is_connected(self) -> bool:
         # The kernel shows a pid for as long as a device has a connection.
         return (Path("/sys/block") / self.path.name / "pid").exists()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()

@@ -9,11 +9,11 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from zramd.attach import (
     AttachError,
+    Attachment,
     MissingToolError,
     find_tool,
     last_line,
@@ -35,8 +35,8 @@ class NoFreeLoopError(AttachError):
 
 
 @dataclass
-class LoopDevice:
-    """An attached export. Made by `attach`; as a context manager it detaches at the end.
+class LoopDevice(Attachment):
+    """An attached export. Made by `attach`.
 
     Only the directory is remembered; what is attached is read off the kernel. So `detach` undoes whatever
     there is, wherever an attach or an earlier detach was cut short.
@@ -96,14 +96,6 @@ class LoopDevice:
         # An nbdfuse that was stopped while it started may have mounted after the first look.
         self._unmount(deadline)
         self._remove_directory()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
 
     @property
     def _mountpoint(self) -> Path:

@@ -6,39 +6,35 @@ from typing import Any, TypeVar
 
 import click
 
-from zramd.sizes import parse_size
-
 Command = TypeVar("Command", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 
-class Size(click.ParamType[int]):
-    """Bytes, or a number with a suffix of 1024."""
+class Parsed(click.ParamType[Value]):
+    """An option whose text a function turns into a value; its ValueError says what is wrong."""
 
-    name = "size"
+    def __init__(self, name: str, parse: Callable[[str], Value]) -> None:
+        self.name = name
+        self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes."""
-        if isinstance(value, int):
-            return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+        """Return the value."""
         try:
-            return parse_size(value)
+            return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class Address(click.ParamType[tuple[str, int]]):
-    """HOST:PORT; an IPv6 host stands in brackets."""
+def parse_address(text: str) -> tuple[str, int]:
+    """Return (host, port) of HOST:PORT; an IPv6 host stands in brackets.
 
-    name = "host:port"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """Return the host and the port."""
-        if isinstance(value, tuple):
-            return value
-        host, colon, port = value.rpartition(":")
-        if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-            self.fail(f"{value!r} is not HOST:PORT, as in localhost:10809 or [::1]:10809", param, ctx)
-        return host.removeprefix("[").removesuffix("]"), int(port)
+    Raises:
+        ValueError: it is not an address.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT, as in localhost:10809 or [::1]:10809")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def status_option(command: Command) -> Command:

@@ -3,46 +3,37 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from zramd.cli.options import Address, Size
+from zramd.cli.options import Parsed, parse_address
 from zramd.daemon import DaemonError, Settings, run
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
 from zramd.paths import DEVICE_NAME, make_runtime_directory, state_directory
+from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
-
-class Algorithm(click.ParamType[Codec]):
-    """The name of a codec, with or without a level."""
-
-    name = "algorithm"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Codec:
-        """Return the codec."""
-        if isinstance(value, Codec):
-            return value
-        try:
-            return parse_codec(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+SIZE = Parsed("size", parse_size)
 
 
 @click.command()
-@click.option("--size", type=Size(), help="Size of the disk: bytes, or with K, M, G, T. Default: 1G.")
+@click.option("--size", type=SIZE, help="Size of the disk: bytes, or with K, M, G, T. Default: 1G.")
 @click.option(
     "--algorithm",
-    type=Algorithm(),
+    type=Parsed("algorithm", parse_codec),
     help="lz4, lz4hc or zstd; with a level: 'zstd(level=9)'. Default: lz4.",
 )
 @click.option("--unix", type=click.Path(path_type=Path), help="NBD socket to listen on.")
-@click.option("--tcp", type=Address(), help="TCP address to listen on instead of a Unix socket, or beside it.")
+@click.option(
+    "--tcp",
+    type=Parsed("host:port", parse_address),
+    help="TCP address to listen on instead of a Unix socket, or beside it.",
+)
 @click.option("--status", type=click.Path(path_type=Path), help="Status socket to listen on.")
 @click.option("--state", type=click.Path(path_type=Path), help="Directory that keeps the contents over a restart.")
 @click.option("--volatile", is_flag=True, help="Keep nothing: the contents go when the server ends.")
-@click.option("--mem-limit", type=Size(), help="Most memory for compressed data; 0 for no limit. Default: 0.")
+@click.option("--mem-limit", type=SIZE, help="Most memory for compressed data; 0 for no limit. Default: 0.")
 @click.option(
     "--chain-size",
     type=click.IntRange(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE),

@@ -16,6 +16,10 @@ from zramd.layout import (
 )
 from zramd.zsmalloc import FitRule, geometry
 
+UUID_WORDS = 2
+NO_BOOT = bytes(UUID_WORDS * WORD)
+"""In place of a boot id: the regions are not in use."""
+
 
 class StateError(Exception):
     """The kept state of a device cannot be used as asked."""
@@ -39,13 +43,8 @@ def store_identity(words: memoryview, identity: Identity) -> None:
     words[Superblock.DISKSIZE] = identity.disksize
     words[Superblock.CHAIN_SIZE] = identity.chain_size
     words[Superblock.FIT_RULE] = identity.rule
-    for word in range(2):
-        raw = identity.uuid.bytes[word * WORD : (word + 1) * WORD]
-        words[Superblock.UUID + word] = int.from_bytes(raw, "little")
-    name = identity.codec.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0")
-    for word in range(CODEC_NAME_WORDS):
-        raw = name[word * WORD : (word + 1) * WORD]
-        words[Superblock.CODECS + word] = int.from_bytes(raw, "little")
+    _store_bytes(words, Superblock.UUID, identity.uuid.bytes)
+    _store_bytes(words, Superblock.CODECS, identity.codec.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0"))
     words[Superblock.CODECS + CODEC_NAME_WORDS] = identity.codec.level + CODEC_LEVEL_BIAS
     note_boot(words)
     words[Superblock.MAGIC] = MAGIC
@@ -63,17 +62,16 @@ def load_identity(words: memoryview) -> Identity | None:
         raise StateError("the superblock is not zramd's, or damaged")
     if words[Superblock.VERSION] != VERSION or words[Superblock.PAGE_SIZE] != PAGE_SIZE:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
-    raw = b"".join(words[Superblock.CODECS + word].to_bytes(WORD, "little") for word in range(CODEC_NAME_WORDS))
-    identity = b"".join(words[Superblock.UUID + word].to_bytes(WORD, "little") for word in range(2))
+    name = _load_bytes(words, Superblock.CODECS, CODEC_NAME_WORDS).rstrip(b"\0")
     level = words[Superblock.CODECS + CODEC_NAME_WORDS] - CODEC_LEVEL_BIAS
     try:
         geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
             disksize=words[Superblock.DISKSIZE],
-            codec=codec(raw.rstrip(b"\0").decode("ascii"), level),
+            codec=codec(name.decode("ascii"), level),
             chain_size=words[Superblock.CHAIN_SIZE],
             rule=FitRule(words[Superblock.FIT_RULE]),
-            uuid=uuid.UUID(bytes=identity),
+            uuid=uuid.UUID(bytes=_load_bytes(words, Superblock.UUID, UUID_WORDS)),
         )
     except ValueError as error:
         raise StateError(f"the superblock is damaged: {error}") from error
@@ -81,14 +79,12 @@ def load_identity(words: memoryview) -> Identity | None:
 
 def note_boot(words: memoryview) -> None:
     """Note under which boot of the machine the regions are written to."""
-    for word, value in enumerate(_boot_id()):
-        words[Superblock.BOOT_ID + word] = value
+    _store_bytes(words, Superblock.BOOT_ID, _boot_id())
 
 
 def note_end(words: memoryview) -> None:
     """Note that the regions are complete, and whole on their medium."""
-    for word in range(2):
-        words[Superblock.BOOT_ID + word] = 0
+    _store_bytes(words, Superblock.BOOT_ID, NO_BOOT)
 
 
 def check_boot(words: memoryview) -> None:
@@ -100,11 +96,19 @@ def check_boot(words: memoryview) -> None:
     Raises:
         StateError: the machine went down while the regions were in use.
     """
-    noted = (words[Superblock.BOOT_ID], words[Superblock.BOOT_ID + 1])
-    if noted not in ((0, 0), _boot_id()):
+    if _load_bytes(words, Superblock.BOOT_ID, UUID_WORDS) not in (NO_BOOT, _boot_id()):
         raise StateError("the machine went down while the regions were in use, so they may contradict each other")
 
 
-def _boot_id() -> tuple[int, int]:
-    raw = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
-    return int.from_bytes(raw[:WORD], "little"), int.from_bytes(raw[WORD:], "little")
+def _boot_id() -> bytes:
+    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+
+
+def _store_bytes(words: memoryview, at: int, raw: bytes) -> None:
+    """Store whole words of bytes."""
+    words[at : at + len(raw) // WORD] = memoryview(raw).cast("Q")
+
+
+def _load_bytes(words: memoryview, at: int, count: int) -> bytes:
+    """Load `count` words as bytes."""
+    return words[at : at + count].tobytes()

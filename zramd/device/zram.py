@@ -39,8 +39,8 @@ _CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
 _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
 _COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
-_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
+_HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _NEVER_SET = ENTRY_RESERVED_MASK | ENTRY_PRIORITY_MASK << ENTRY_PRIORITY_SHIFT
 
 
@@ -96,7 +96,7 @@ class Device:
         self._save_counters()
         self.lock.release()
 
-    def stream(self, buffer: bytearray) -> "Stream":
+    def stream(self, buffer: bytearray) -> Stream:
         """Return a stream for a thread that receives into `buffer`."""
         return Stream(buffer, self.identity.codec, self._huge_limit)
 

@@ -73,7 +73,7 @@ def read(served: Served, name: str) -> str:
     if name == "json":
         return json.dumps(everything(served)) + "\n"
     if name not in _TEXTS:
-        raise AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")
+        raise _unknown(name)
     return _TEXTS[name](served.device)
 
 
@@ -117,4 +117,8 @@ def write(served: Served, name: str, value: str) -> None:
     elif name in NAMES:
         raise AttributeRefusedError(f"EACCES {name} cannot be written")
     else:
-        raise AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> AttributeRefusedError:
+    return AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")

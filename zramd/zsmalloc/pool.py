@@ -89,22 +89,6 @@ class ClassState:
         self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
         self.zspages = 0
 
-    def promote(self, zspage: int, before: int, after: int) -> None:
-        """Move the head of a fullness list, which has become fuller, to the head of another: `regroup`, but shorter."""
-        following, heads = self.following, self.heads
-        neighbour = following[zspage]
-        heads[before] = neighbour
-        if not neighbour:
-            self.filled ^= 1 << before
-        if after != FULL:
-            head = heads[after]
-            following[zspage] = head
-            heads[after] = zspage + 1
-            if head:
-                self.preceding[head - 1] = zspage + 1
-            else:
-                self.filled |= 1 << after
-
     def regroup(self, zspage: int, before: int, after: int) -> None:
         """Move a zspage to the head of another fullness list; group 11, which is full or no group, has none."""
         following, heads = self.following, self.heads
@@ -201,7 +185,7 @@ class Pool:
             state.used[zspage] = used
             after = state.group_of[used]
             if after != group:
-                state.promote(zspage, group, after)
+                state.regroup(zspage, group, after)
             index = state.free[zspage]
             if index:
                 index -= 1
