@@ -48,7 +48,8 @@ class ClassState:
     """The zspages of one size class, by fullness.
 
     `heads[group]` is the first zspage + 1 of a list, 0 if it is empty; bit `group` of `filled` says which lists are
-    not. Groups 0 (released at once) and 11 (full) need no list: nothing is ever allocated from them.
+    not. Groups 0 (released at once) and 11 (full) need no list: nothing is ever allocated from them. `counts[group]` is
+    the length of a list, `zspages` and `live` count all zspages of the class and the objects in use in them.
 
     The arena's columns stand here too, since every allocation and every free goes through them. The `preceding` of a
     list's head means nothing.
@@ -56,13 +57,16 @@ class ClassState:
 
     __slots__ = (
         "arena",
+        "counts",
         "filled",
         "following",
         "free",
         "fresh",
         "group_of",
         "heads",
+        "live",
         "map",
+        "objects",
         "pages",
         "preceding",
         "size",
@@ -83,16 +87,25 @@ class ClassState:
         self.size = size_class.size
         self.span = size_class.zspage_bytes
         self.pages = size_class.pages
+        self.objects = size_class.objects
         self.word = size_class.index << HANDLE_CLASS_SHIFT | HANDLE_IN_USE
         self.heads = [0] * FULLNESS_GROUPS
         self.filled = 0
         self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
+        self.counts = [0] * FULLNESS_GROUPS
         self.zspages = 0
+        self.live = 0
+
+    @property
+    def freeable(self) -> int:
+        """Return how many pages compaction could free at best (zs_can_compact)."""
+        return (self.zspages * self.objects - self.live) // self.objects * self.pages
 
     def regroup(self, zspage: int, before: int, after: int) -> None:
         """Move a zspage to the head of another fullness list; group 11, which is full or no group, has none."""
         following, heads = self.following, self.heads
         if before != FULL:
+            self.counts[before] -= 1
             neighbour = following[zspage]
             if heads[before] == zspage + 1:
                 heads[before] = neighbour
@@ -104,6 +117,7 @@ class ClassState:
                 if neighbour:
                     self.preceding[neighbour - 1] = previous
         if after != FULL:
+            self.counts[after] += 1
             head = heads[after]
             following[zspage] = head
             heads[after] = zspage + 1
@@ -200,6 +214,7 @@ class Pool:
             self.pages += state.pages
             index = 0
             offset = zspage * state.span
+        state.live += 1
         handles = self._handles
         if handle:
             self._free_handle = handles[handle] >> 1
@@ -275,6 +290,7 @@ class Pool:
         before = state.group_of[used]
         used -= 1
         state.used[zspage] = used
+        state.live -= 1
         if used:
             index = word >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK
             state.words[(zspage * state.span + index * state.size) >> 3] = state.free[zspage] << 1

@@ -79,6 +79,7 @@ def _rebuild_lists(pool: Pool, seen: bytearray) -> None:
                 continue
             state = pool.classes[arena.size_class[zspage] - 1]
             state.zspages += 1
+            state.live += arena.used[zspage]
             pool.pages += arena.pages
             group = state.group_of[arena.used[zspage]]
             if group == FULL:
