@@ -27,14 +27,15 @@ class ServerProcess:
     process: subprocess.Popen[str]
     unix: Path
     status: Path
+    admin: Path
 
     @property
     def uri(self) -> str:
         return f"nbd+unix:///?socket={self.unix}"
 
     def ask(self, request: str) -> str:
-        """Ask the status socket."""
-        return ask(self.status, request)
+        """Ask the admin socket, which reads and changes."""
+        return ask(self.admin, request)
 
     def mm_stat(self) -> list[int]:
         return [int(field) for field in self.ask("mm_stat").split()]
@@ -48,7 +49,7 @@ class ServerProcess:
 
 def start_server(directory: Path, *options: str, volatile: bool = True) -> ServerProcess:
     """Start a server with its sockets in `directory`, and wait until it serves."""
-    unix, status = directory / "zram0.nbd", directory / "zram0.status"
+    unix, status, admin = (directory / f"zram0.{socket}" for socket in ("nbd", "status", "admin"))
     command = [sys.executable, "-m", "zramd", "serve", "--unix", str(unix), "--status", str(status), *options]
     if volatile:
         command.append("--volatile")
@@ -57,7 +58,7 @@ def start_server(directory: Path, *options: str, volatile: bool = True) -> Serve
     if not any(line.startswith("status:") for line in process.stdout):
         _, errors = process.communicate()
         pytest.fail(f"the server did not start: {errors}")
-    return ServerProcess(process, unix, status)
+    return ServerProcess(process, unix, status, admin)
 
 
 @pytest.fixture

@@ -12,16 +12,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 from zramd.attach.kernel import has_nbd
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.codecs import Parameters
+from zramd.device.disk import Disk
+from zramd.device.opening import Wanted
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
-from zramd.memory import NoMemoryError, RegionError, RegionStore
+from zramd.listeners import ListenError, listen_tcp, listen_unix
+from zramd.memory import NoMemoryError, RegionError
 from zramd.nbd.export import Export, Exports
-from zramd.nbd.server import ListenError, Server, listen_tcp, listen_unix
+from zramd.nbd.server import Server
 from zramd.paths import DEVICE_NAME
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
-from zramd.status.server import StatusServer
+from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
 
 STACK_BYTES = 512 << 10
 """Of each thread. The codecs keep their state on the heap; liblz4's fast compressor puts 16 KiB on the stack."""
@@ -36,7 +39,11 @@ class DaemonError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to serve and where. `state` None keeps nothing; `mem_limit` None is as the kept state says."""
+    """What to serve and where.
+
+    A disksize of 0 leaves the disk uninitialised. `mem_limit` None is as the kept state says. `state` None keeps
+    nothing. `group` is the gid that may read the status socket.
+    """
 
     wanted: Wanted
     mem_limit: int | None
@@ -44,6 +51,8 @@ class Settings:
     unix: Path | None
     tcp: tuple[str, int] | None
     status: Path
+    admin: Path
+    group: int | None
 
 
 def run(settings: Settings, announce: Callable[[str], None]) -> None:
@@ -58,28 +67,38 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     threading.stack_size(STACK_BYTES)
     try:
-        # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
-        opened = OpenDevice(RegionStore(settings.state), settings.wanted)
-        if settings.mem_limit is not None:
-            opened.device.set_mem_limit(settings.mem_limit)
-        with _serving(settings, opened) as served:
-            for line in _introduction(settings, opened, served):
+        disk = _open_disk(settings)
+        with _serving(settings, disk) as served:
+            for line in _introduction(settings, served):
                 announce(line)
             gc.collect()
             gc.freeze()
             signal.sigwait(stop_signals)
-        if settings.state is not None:
-            opened.leave()
+        if settings.state is not None and disk.leave():
             announce(f"stopped; the contents stay in {settings.state} until it is removed or the machine restarts")
     except (StateError, NoMemoryError, RegionError, ListenError) as error:
         raise DaemonError(str(error)) from error
 
 
+def _open_disk(settings: Settings) -> Disk:
+    """Make the disk, and find its device in kept regions or initialise it unless it is to have no size yet."""
+    wanted = settings.wanted
+    disk = Disk(DEVICE_NAME, settings.state, wanted.chain_size)
+    if wanted.disksize != 0:
+        # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
+        disk.open(wanted)
+    elif wanted.codec:
+        disk.set_algorithm(wanted.codec.name)
+        disk.set_parameters(Parameters(wanted.codec.level, wanted.codec.dictionary), None)
+    if settings.mem_limit is not None:
+        disk.set_mem_limit(settings.mem_limit)
+    return disk
+
+
 @contextlib.contextmanager
-def _serving(settings: Settings, opened: OpenDevice) -> Iterator[Served]:
-    export = Export(DEVICE_NAME, "zramd compressed memory", opened.device, opened.flush)
-    server = Server(Exports([export]))
-    served = Served(DEVICE_NAME, opened.device, _uris(settings), lambda: server.connections)
+def _serving(settings: Settings, disk: Disk) -> Iterator[Served]:
+    server = Server(Exports([Export(disk.name, "zramd compressed memory", disk)]))
+    served = Served(disk, _uris(settings), lambda: len(server), settings.admin)
     with contextlib.ExitStack() as sockets:
         listeners = []
         if settings.unix is not None:
@@ -87,15 +106,20 @@ def _serving(settings: Settings, opened: OpenDevice) -> Iterator[Served]:
             sockets.callback(settings.unix.unlink, missing_ok=True)
         if settings.tcp is not None:
             listeners.append(listen_tcp(*settings.tcp))
-        status = StatusServer(listen_unix(settings.status), served)
+        status, admin = StatusServer(served), AdminServer(served)
+        reading = listen_unix(settings.status, settings.group)
         sockets.callback(settings.status.unlink, missing_ok=True)
+        changing = listen_unix(settings.admin)
+        sockets.callback(settings.admin.unlink, missing_ok=True)
         for listener in listeners:
-            server.serve(listener)
-        status.start()
+            server.accept_on(listener)
+        status.accept_on(reading, READ_PAUSE)
+        admin.accept_on(changing)
         try:
             yield served
         finally:
-            status.stop()
+            status.stop(0)
+            admin.stop(0)
             if not server.stop(STOP_SECONDS):
                 log.warning("a client did not take its replies in time and was cut off")
 
@@ -110,16 +134,20 @@ def _uris(settings: Settings) -> tuple[str, ...]:
     return tuple(uris)
 
 
-def _introduction(settings: Settings, opened: OpenDevice, served: Served) -> Iterator[str]:
-    identity = opened.device.identity
+def _introduction(settings: Settings, served: Served) -> Iterator[str]:
+    opened = served.disk.opened
     where = "a memfd (volatile)" if settings.state is None else str(settings.state)
-    yield (
-        f"{served.name}: {format_size(identity.disksize)}, {identity.codec.name} level {identity.codec.level}, "
-        f"chain size {identity.chain_size}, regions in {where}"
-    )
-    if opened.recovered:
-        stored = opened.device.mm_stat().orig_data_size
-        yield f"recovered: {format_size(stored)} of data that an earlier run left"
+    if opened is None:
+        yield f"{served.disk.name}: not initialised; zramd set disksize=SIZE does that, regions in {where}"
+    else:
+        identity = opened.device.identity
+        yield (
+            f"{served.disk.name}: {format_size(identity.disksize)}, {identity.codec.name} level "
+            f"{identity.codec.level}, chain size {identity.chain_size}, regions in {where}"
+        )
+        if opened.recovered:
+            stored = opened.device.mm_stat().orig_data_size
+            yield f"recovered: {format_size(stored)} of data that an earlier run left"
     for uri in served.uris:
         yield f"NBD URI: {uri}"
     yield f"attach:  {_attach_command(settings)}"

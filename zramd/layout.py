@@ -9,6 +9,7 @@ is private memory of the process and is rebuilt at start.
     elements     8 bytes a page     the fill pattern of a same-filled page whose pattern is not zero; sparse
     handles      8 bytes a handle   where an object lies now; compaction changes this word and nothing else
     arena1..N    k pages a zspage   zspages of k pages, back to back: zspage z starts at byte z * k * 4096
+    dictionary0  bytes              the codec's dictionary, if it has one
 
 Page-table entry. 0 is an empty page, so that a hole in the file is an empty part of the device.
 
@@ -83,8 +84,8 @@ HEADER_IN_USE = 1
 class Superblock(IntEnum):
     """Word offsets in the superblock page. `MAGIC` is stored last when a device is made.
 
-    A codec is 6 words: 2 of name (ASCII, zero-filled), 1 of level + 2**63, 3 reserved. There is room for four, one
-    for each priority; an unset one is all zeros.
+    A codec is 6 words: 2 of name (ASCII, zero-filled), 1 of level + 2**63, 1 of bytes in its dictionary, 2 of the
+    dictionary's BLAKE2b. There is room for four, one for each priority; an unset one is all zeros.
     """
 
     MAGIC = 0
@@ -113,4 +114,9 @@ class Superblock(IntEnum):
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")
 VERSION = 1
 CODEC_NAME_WORDS = 2
+CODEC_LEVEL = 2
+CODEC_DICTIONARY_BYTES = 3
+CODEC_DICTIONARY_HASH = 4
+"""Word offsets in a codec."""
+CODEC_HASH_WORDS = 2
 CODEC_LEVEL_BIAS = 1 << 63

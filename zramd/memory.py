@@ -204,6 +204,11 @@ class RegionStore:
             raise
         return Region(fd, size, name)
 
+    def remove(self, name: str) -> None:
+        """Remove the region `name`, which nobody has open."""
+        if self.directory is not None:
+            (self.directory / name).unlink(missing_ok=True)
+
     def on_disk(self) -> bool:
         """Say whether the regions lie on a disk, so that a flush has something to do."""
         return self.directory is not None and not is_memory_backed(self.directory)

@@ -8,6 +8,8 @@ from pathlib import Path
 from zramd.memory import is_memory_backed
 
 DEVICE_NAME = "zram0"
+STATUS_SUFFIX = ".status"
+ADMIN_SUFFIX = ".admin"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (used only through private_directory)
 
 
@@ -64,10 +66,10 @@ def private_directory(path: Path) -> None:
         raise OSError(errno.EACCES, f"{path} must be a directory of yours with mode 0700")
 
 
-def status_sockets() -> list[Path]:
-    """Return the sockets on which a server of this user, or of the system, may answer."""
+def server_sockets(suffix: str) -> list[Path]:
+    """Return the sockets (`.status` or `.admin`) on which a server of this user, or of the system, may answer."""
     directories = dict.fromkeys((runtime_directory(), Path("/run/zramd")))
-    return [path for directory in directories for path in sorted(directory.glob("*.status"))]
+    return [path for directory in directories for path in sorted(directory.glob(f"*{suffix}"))]
 
 
 def _shared_memory_directory() -> Path:

@@ -10,7 +10,6 @@ from tests.nbd_bytes import DISC, TRIM, request, wait_until_taken, write_request
 from tests.property.test_device import make_data, read, write
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
-from zramd.nbd.export import Export
 from zramd.nbd.handshake import ClientLeftError
 from zramd.nbd.transmission import Transmission
 
@@ -27,7 +26,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def serve(server: socket.socket, opened: OpenDevice) -> None:
-    Transmission(server, Export("disk", "", opened.device, opened.flush)).run()
+    Transmission(server, opened.device, opened.flush).run()
 
 
 def page_writes(count: int) -> bytes:

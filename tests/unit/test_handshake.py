@@ -36,10 +36,12 @@ from tests.nbd_bytes import (
     reply,
     request,
 )
+from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice
+from zramd.listeners import listen_unix
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.handshake import MAX_OPTION_LENGTH, MAX_OPTIONS, Handshake, SessionError
-from zramd.nbd.server import Server, listen_unix
+from zramd.nbd.server import Server
 
 SIZE_AND_FLAGS = struct.pack(">QH", 64 << 20, 0b101_0110_1101)
 GOODBYE = option_reply(ABORT, ACK)
@@ -50,12 +52,23 @@ NAME, DESCRIPTION, BLOCK_SIZE = 1, 2, 3
 @pytest.fixture
 def exports(opened: OpenDevice) -> Exports:
     """Return two exports of one device; the first is the default."""
-    return Exports(
-        [
-            Export("disk", "a disk in memory", opened.device, opened.flush),
-            Export("zwölf", "", opened.device, opened.flush),
-        ]
-    )
+    disk = Disk("disk", None)
+    disk.opened = opened
+    return Exports([Export("disk", "a disk in memory", disk), Export("zwölf", "", disk)])
+
+
+def shake_hands(sock: socket.socket, exports: Exports) -> Export | None:
+    """Run a handshake. Return the export that the client connected to, if it did."""
+    connected: list[Export] = []
+
+    def connect(export: Export) -> OpenDevice:
+        assert export.disk.opened is not None
+        connected.append(export)
+        return export.disk.opened
+
+    opened = Handshake(sock, exports, connect).run()
+    assert (opened is not None) == bool(connected)
+    return connected[0] if connected else None
 
 
 @pytest.fixture
@@ -63,14 +76,14 @@ def server_path(tmp_path: Path, exports: Exports) -> Iterator[Path]:
     """Return the socket of a whole server, which must end in time."""
     path = tmp_path / "nbd"
     server = Server(exports)
-    server.serve(listen_unix(path))
+    server.accept_on(listen_unix(path))
     yield path
     assert server.stop(10)
 
 
 def negotiate(exports: Exports, *pieces: bytes) -> tuple[bytes, object]:
     """Return all that the server sent, and how the handshake ended."""
-    with Peer(lambda sock: Handshake(sock, exports).run()) as peer:
+    with Peer(lambda sock: shake_hands(sock, exports)) as peer:
         return exchange(peer.client, *pieces), peer.join()
 
 
@@ -93,7 +106,7 @@ def parse_option_replies(data: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def test_the_server_greets_before_the_client_says_anything(exports: Exports) -> None:
-    with Peer(lambda sock: Handshake(sock, exports).run()) as peer:
+    with Peer(lambda sock: shake_hands(sock, exports)) as peer:
         assert receive(peer.client, 18) == b"NBDMAGIC" + b"IHAVEOPT" + b"\0\3"
 
 
@@ -379,7 +392,7 @@ def test_a_client_that_dribbles_bytes_is_disconnected_when_the_time_of_a_handsha
 def test_stopping_the_server_ends_a_handshake(tmp_path: Path, exports: Exports) -> None:
     path = tmp_path / "stopped"
     server = Server(exports)
-    server.serve(listen_unix(path))
+    server.accept_on(listen_unix(path))
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(60)
         sock.connect(str(path))
@@ -388,7 +401,7 @@ def test_stopping_the_server_ends_a_handshake(tmp_path: Path, exports: Exports) 
         stopper.start()
         assert receive_rest(sock) == b""
         stopper.join()
-    assert server.connections == 0
+    assert len(server) == 0
 
 
 def test_stopping_the_server_at_the_moment_a_client_connects_is_no_error(
@@ -413,8 +426,8 @@ def test_stopping_the_server_at_the_moment_a_client_connects_is_no_error(
                 stopper.join(0.2)
             super().start()
 
-    monkeypatch.setattr("zramd.nbd.server.threading.Thread", LateThread)
-    server.serve(listen_unix(tmp_path / "nbd"))
+    monkeypatch.setattr("zramd.listeners.threading.Thread", LateThread)
+    server.accept_on(listen_unix(tmp_path / "nbd"))
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(60)
         sock.connect(str(tmp_path / "nbd"))

@@ -4,7 +4,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -39,9 +39,10 @@ from tests.nbd_bytes import (
 from tests.property.test_device import make_data
 from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.zram import Device
 from zramd.layout import ENTRY_HANDLE_MASK, ENTRY_SIZE_MASK, ENTRY_SIZE_SHIFT
 from zramd.memory import RegionStore
-from zramd.nbd.export import MAXIMUM_PAYLOAD, Export
+from zramd.nbd.export import MAXIMUM_PAYLOAD
 from zramd.nbd.handshake import SessionError
 from zramd.nbd.transmission import BUFFER_SIZE, DISCARD_SLICE, MAX_REPLY, MAX_SWALLOW, Transmission
 
@@ -52,8 +53,16 @@ TEXT = bytes(make_data("text", 1, 64 << 10))
 RAW = bytes(make_data("random", 2, 64 << 10))
 
 
+@dataclass
+class Export:
+    """What a transmission works on."""
+
+    device: Device
+    flush: Callable[[], None]
+
+
 def make_export(opened: OpenDevice) -> Export:
-    return Export("disk", "", opened.device, opened.flush)
+    return Export(opened.device, opened.flush)
 
 
 @pytest.fixture
@@ -70,7 +79,7 @@ def large() -> Iterator[Export]:
 
 
 def serve(export: Export) -> Peer:
-    return Peer(lambda sock: Transmission(sock, export).run())
+    return Peer(lambda sock: Transmission(sock, export.device, export.flush).run())
 
 
 def talk(export: Export, *pieces: bytes) -> bytes:
@@ -337,7 +346,7 @@ def test_a_client_that_leaves_without_taking_its_replies_hurts_nobody(export: Ex
 def test_fua_and_flush_are_answered_only_after_the_medium_has_the_data(opened: OpenDevice) -> None:
     answered: list[int] = []
     peers: list[Peer] = []
-    export = Export("disk", "", opened.device, lambda: answered.append(waiting(peers[0].client)))
+    export = Export(opened.device, lambda: answered.append(waiting(peers[0].client)))
     with serve(export) as peer:
         peers.append(peer)
         for number, stream in enumerate(
@@ -360,7 +369,7 @@ def test_only_what_asks_for_durability_flushes(opened: OpenDevice) -> None:
     def flush() -> None:
         pytest.fail("nobody asked for it")
 
-    export = Export("disk", "", opened.device, flush)
+    export = Export(opened.device, flush)
     stream = write_request(1, 0, TEXT) + request(READ, 2, 0, 1) + request(TRIM, 3, 0, SIZE) + request(CACHE, 4)
     assert talk(export, stream) == reply(1) + reply(2, TEXT[:1]) + reply(3) + reply(4)
 
@@ -369,7 +378,7 @@ def test_a_flush_that_fails_is_an_error_of_all_who_asked_and_the_session_goes_on
     def flush() -> None:
         raise OSError(EIO, "the disk is gone")
 
-    export = Export("disk", "", opened.device, flush)
+    export = Export(opened.device, flush)
     stream = write_request(1, 0, TEXT, FUA) + write_request(2, 0, TEXT) + request(FLUSH, 3) + request(READ, 4, 0, 9)
     assert parse_replies(talk(export, stream), {4: 9}) == {
         1: (EIO, b""),
@@ -664,7 +673,7 @@ def test_replies_that_the_socket_takes_in_parts_arrive_whole(export: Export) -> 
         # With a timeout, a send returns as soon as the small buffer is full.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
         sock.settimeout(60)
-        Transmission(sock, export).run()
+        Transmission(sock, export.device, export.flush).run()
 
     generator = random.Random(6)
     ranges = [(generator.randrange(30_000), generator.randrange(9000)) for _ in range(600)]

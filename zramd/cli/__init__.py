@@ -10,7 +10,9 @@ _VERBS = {
     "serve": "zramd.cli.serve:serve",
     "status": "zramd.cli.stat:status",
     "stat": "zramd.cli.stat:stat",
-    "set": "zramd.cli.stat:set_attributes",
+    "set": "zramd.cli.control:set_attributes",
+    "compact": "zramd.cli.control:compact",
+    "reset": "zramd.cli.control:reset",
 }
 
 

@@ -1,5 +1,6 @@
 """Option types that several verbs use, and the option that every client verb has."""
 
+import grp
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,20 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def parse_group(text: str) -> int:
+    """Return the gid of a group by name or number.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {text!r}") from None
+
+
 def status_option(command: Command) -> Command:
     """Add --status to a client verb."""
     return click.option(
@@ -44,4 +59,14 @@ def status_option(command: Command) -> Command:
         "socket",
         type=click.Path(path_type=Path),
         help="Status socket of the server. Default: that of the one server that runs.",
+    )(command)
+
+
+def admin_option(command: Command) -> Command:
+    """Add --admin to a verb that changes something."""
+    return click.option(
+        "--admin",
+        "socket",
+        type=click.Path(path_type=Path),
+        help="Admin socket of the server. Default: that of the one server that runs.",
     )(command)

@@ -1,4 +1,4 @@
-"""`zramd status`, `stat` and `set`: what a running server says of itself, and what can be changed in it."""
+"""`zramd status` and `stat`: what a running server says of itself."""
 
 import json
 from pathlib import Path
@@ -6,52 +6,75 @@ from pathlib import Path
 import click
 
 from zramd.cli.options import status_option
+from zramd.layout import PAGE_SIZE
+from zramd.paths import STATUS_SUFFIX
 from zramd.sizes import format_size
-from zramd.status.client import StatusError, ask, find_server
+from zramd.status.client import SECONDS, StatusError, ask, find_server
 
 
-def _ask(socket: Path | None, request: str) -> str:
+def request(socket: Path, line: str, seconds: float | None = SECONDS) -> str:
+    """Ask a server, and end the command with one line if it refuses."""
     try:
-        return ask(socket or find_server(), request)
+        return ask(socket, line, seconds)
+    except StatusError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def server_socket(given: Path | None, suffix: str) -> Path:
+    """Return the socket that was named, or that of the one server that runs."""
+    try:
+        return given or find_server(suffix)
     except StatusError as error:
         raise click.ClickException(str(error)) from error
 
 
 @click.command()
 @click.argument("name")
+@click.option("--human", is_flag=True, help="For `classes`: only what is in use, with bars for occupancy.")
 @status_option
-def stat(name: str, socket: Path | None) -> None:
+def stat(name: str, human: bool, socket: Path | None) -> None:
     """Print the attribute NAME of a running server, as the kernel prints it for zram.
 
-    Sizes are in bytes. Names: mm_stat io_stat stat disksize comp_algorithm mem_limit mem_used_max initstate, and json
-    for everything at once.
+    Sizes are in bytes. Names: mm_stat io_stat debug_stat stat disksize comp_algorithm mem_limit mem_used_max initstate,
+    classes for the pool's size classes (zsmalloc's file in debugfs), codecs for the libraries in use, and json for
+    everything at once.
 
     \b
     Example:
       zramd stat mm_stat
+      zramd stat classes --human
     """
     if name.split() != [name]:
         raise click.UsageError(f"{name!r} is not the name of an attribute; to change one: zramd set NAME=VALUE")
-    click.echo(_ask(socket, name), nl=False)
+    if human and name != "classes":
+        raise click.UsageError("--human is for `classes`; for a table of the rest: zramd status")
+    text = request(server_socket(socket, STATUS_SUFFIX), name)
+    click.echo(_show_classes(text) if human else text, nl=False)
 
 
-@click.command("set")
-@click.argument("assignments", metavar="NAME=VALUE...", nargs=-1, required=True)
-@status_option
-def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
-    """Change attributes of a running server.
+BAR = 30
+"""Characters of a bar."""
 
-    mem_limit takes a size (K, M, G of 1024), 0 for none. mem_used_max takes 0: the peak starts from the current use.
 
-    \b
-    Example:
-      zramd set mem_limit=512M mem_used_max=0
-    """
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals or name.split() != [name] or not value.strip() or "\n" in value:
-            raise click.UsageError(f"{assignment!r} is not NAME=VALUE")
-        _ask(socket, f"{name} {value}")
+def _show_classes(text: str) -> str:
+    """Return the classes that are in use, from the text of zsmalloc's file: 18 columns."""
+    lines = [f"{'SIZE':>5} {'CHAIN':>5} {'OBJECTS':>9} {'USED':>9} {'MEMORY':>8} {'FREEABLE':>8}  OCCUPANCY\n"]
+    for line in text.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) == 18 and fields[15] != "0":
+            allocated, used, pages, chain, freeable = map(int, fields[13:])
+            lines.append(_class_line(fields[1], str(chain), allocated, used, pages, freeable))
+        elif fields[:1] == ["Total"]:
+            allocated, used, pages, freeable = map(int, fields[12:])
+            lines.append(_class_line("total", "", allocated, used, pages, freeable))
+    return "".join(lines)
+
+
+def _class_line(size: str, chain: str, allocated: int, used: int, pages: int, freeable: int) -> str:
+    share = used / allocated if allocated else 1
+    bar = ("#" * round(share * BAR)).ljust(BAR, ".")
+    memory, spare = format_size(pages * PAGE_SIZE), format_size(freeable * PAGE_SIZE) if freeable else "-"
+    return f"{size:>5} {chain:>5} {allocated:9} {used:9} {memory:>8} {spare:>8}  {bar} {share:4.0%}\n"
 
 
 @click.command()
@@ -66,7 +89,7 @@ def status(socket: Path | None) -> None:
     Example:
       zramd status
     """
-    facts = json.loads(_ask(socket, "json"))
+    facts = json.loads(request(server_socket(socket, STATUS_SUFFIX), "json"))
     memory = facts["mm_stat"]
     stored, total = memory["orig_data_size"], memory["mem_used_total"]
     limit = memory["mem_limit"]

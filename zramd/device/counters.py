@@ -7,35 +7,39 @@ from dataclasses import dataclass
 class MmStat:
     """The kernel's mm_stat. The first five are in bytes."""
 
-    orig_data_size: int
-    compr_data_size: int
-    mem_used_total: int
-    mem_limit: int
-    mem_used_max: int
-    same_pages: int
-    pages_compacted: int
-    huge_pages: int
-    huge_pages_since: int
+    orig_data_size: int = 0
+    compr_data_size: int = 0
+    mem_used_total: int = 0
+    mem_limit: int = 0
+    mem_used_max: int = 0
+    same_pages: int = 0
+    pages_compacted: int = 0
+    huge_pages: int = 0
+    huge_pages_since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class IoStat:
     """The kernel's io_stat. Failures are counted for each request, notify_free for each page.
 
-    The transmission loop splits a request larger than its buffer, as the block layer splits a large bio.
+    There is no bio here: a request of the client counts as one, and the transmission loop splits a request larger than
+    its buffer, as the block layer splits a large bio.
     """
 
-    failed_reads: int
-    failed_writes: int
-    invalid_io: int
-    notify_free: int
+    failed_reads: int = 0
+    failed_writes: int = 0
+    invalid_io: int = 0
+    notify_free: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RequestStat:
-    """Requests and 512-byte sectors read and written, failed ones too. Discards are not counted (Linux 6.18)."""
+    """Requests and 512-byte sectors read and written, failed ones too. Discards are not counted (Linux 6.18).
 
-    reads: int
-    read_sectors: int
-    writes: int
-    write_sectors: int
+    The kernel counts bios; a request here is one of the client's, split as for IoStat.
+    """
+
+    reads: int = 0
+    read_sectors: int = 0
+    writes: int = 0
+    write_sectors: int = 0

@@ -24,6 +24,8 @@ from zramd.zsmalloc.pool import max_disksize
 DEFAULT_DISKSIZE = 1 << 30
 DEFAULT_ALGORITHM = "lz4"
 
+_SUPERBLOCK, _PAGE_TABLE, _DICTIONARY = "superblock", "page_table", "dictionary0"
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -70,15 +72,15 @@ class OpenDevice:
         identity = None
         try:
             # Reading a superblock that was never populated could be a SIGBUS.
-            if self._store.exists("superblock"):
-                superblock = self._store.open("superblock", PAGE_SIZE, create=False)
+            if self._store.exists(_SUPERBLOCK):
+                superblock = self._store.open(_SUPERBLOCK, PAGE_SIZE, create=False)
                 try:
-                    identity = load_identity(superblock.words)
+                    identity = load_identity(superblock.words, self._read_dictionary)
                     if identity is not None:
                         check_boot(superblock.words)
                 finally:
                     superblock.close()
-            if identity is None and self._store.exists("page_table"):
+            if identity is None and self._store.exists(_PAGE_TABLE):
                 raise StateError("there is a page table, but no superblock that belongs to it")
         except StateError as error:
             raise StateError(f"{where}: {error}; remove the directory to start afresh") from error
@@ -86,8 +88,15 @@ class OpenDevice:
             _check(identity, wanted, where)
         return identity
 
+    def _read_dictionary(self, length: int) -> bytes:
+        region = self._store.open(_DICTIONARY, round_up_to_page(length), create=False)
+        try:
+            return region.bytes[:length].tobytes()
+        finally:
+            region.close()
+
     def _build(self, identity: Identity) -> Device:
-        self._superblock = superblock = self._open("superblock", PAGE_SIZE)
+        self._superblock = superblock = self._open(_SUPERBLOCK, PAGE_SIZE)
         if self.recovered:
             note_boot(superblock.words)
             if self.on_disk:
@@ -95,7 +104,7 @@ class OpenDevice:
         else:
             superblock.populate(0, PAGE_SIZE)
         pages = identity.disksize >> PAGE_SHIFT
-        table = SparseTable(self._open("page_table", round_up_to_page(pages * WORD)))
+        table = SparseTable(self._open(_PAGE_TABLE, round_up_to_page(pages * WORD)))
         elements_region = self._open("elements", round_up_to_page(pages * WORD))
         if not self.recovered:
             elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
@@ -108,6 +117,11 @@ class OpenDevice:
             except StateError as error:
                 raise StateError(f"{self._store.directory}: {error}; remove it to start afresh") from error
         else:
+            dictionary = identity.codec.dictionary
+            if dictionary:
+                region = self._open(_DICTIONARY, round_up_to_page(len(dictionary)))
+                region.populate(0, region.size)
+                region.bytes[: len(dictionary)] = dictionary
             store_identity(superblock.words, identity)
         return device
 
@@ -132,6 +146,8 @@ class OpenDevice:
         Raises:
             OSError: the medium failed.
         """
+        # Never released: what still runs elsewhere, such as a compaction, must not touch the regions again.
+        self.device.lock.acquire()
         self.flush()
         note_end(self._superblock.words)
         if self.on_disk:
@@ -143,6 +159,23 @@ class OpenDevice:
             region.close()
         self.regions.clear()
         self._store.close()
+
+    def destroy(self) -> None:
+        """Forget the contents and remove the regions. Nobody is connected to the device any more.
+
+        Cut short at any moment, it leaves the device whole, or empty, or nothing.
+
+        Raises:
+            RegionError: the file system failed.
+        """
+        with self.device.lock:
+            self.device.retired = True
+            regions = {region.name: region for region in self.regions}
+            for name in (_PAGE_TABLE, _SUPERBLOCK):
+                regions[name].punch(0, regions[name].size)
+            for name in regions:
+                self._store.remove(name)
+            self.close()
 
 
 def _new_identity(wanted: Wanted) -> Identity:

@@ -1,11 +1,17 @@
 """What a device is: the settings it was made with, in the first words of the superblock."""
 
+import hashlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from zramd.device.codecs import Codec, codec
 from zramd.layout import (
+    CODEC_DICTIONARY_BYTES,
+    CODEC_DICTIONARY_HASH,
+    CODEC_HASH_WORDS,
+    CODEC_LEVEL,
     CODEC_LEVEL_BIAS,
     CODEC_NAME_WORDS,
     MAGIC,
@@ -44,14 +50,20 @@ def store_identity(words: memoryview, identity: Identity) -> None:
     words[Superblock.CHAIN_SIZE] = identity.chain_size
     words[Superblock.FIT_RULE] = identity.rule
     _store_bytes(words, Superblock.UUID, identity.uuid.bytes)
-    _store_bytes(words, Superblock.CODECS, identity.codec.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0"))
-    words[Superblock.CODECS + CODEC_NAME_WORDS] = identity.codec.level + CODEC_LEVEL_BIAS
+    primary = identity.codec
+    _store_bytes(words, Superblock.CODECS, primary.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0"))
+    words[Superblock.CODECS + CODEC_LEVEL] = primary.level + CODEC_LEVEL_BIAS
+    if primary.dictionary:
+        words[Superblock.CODECS + CODEC_DICTIONARY_BYTES] = len(primary.dictionary)
+        _store_bytes(words, Superblock.CODECS + CODEC_DICTIONARY_HASH, _hash(primary.dictionary))
     note_boot(words)
     words[Superblock.MAGIC] = MAGIC
 
 
-def load_identity(words: memoryview) -> Identity | None:
+def load_identity(words: memoryview, read_dictionary: Callable[[int], bytes]) -> Identity | None:
     """Read the identity, or None if making the device was never completed.
+
+    `read_dictionary` returns the codec's dictionary, given its size in bytes.
 
     Raises:
         StateError: the superblock is damaged, or of a version that this zramd does not know.
@@ -63,12 +75,16 @@ def load_identity(words: memoryview) -> Identity | None:
     if words[Superblock.VERSION] != VERSION or words[Superblock.PAGE_SIZE] != PAGE_SIZE:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
     name = _load_bytes(words, Superblock.CODECS, CODEC_NAME_WORDS).rstrip(b"\0")
-    level = words[Superblock.CODECS + CODEC_NAME_WORDS] - CODEC_LEVEL_BIAS
+    level = words[Superblock.CODECS + CODEC_LEVEL] - CODEC_LEVEL_BIAS
+    length = words[Superblock.CODECS + CODEC_DICTIONARY_BYTES]
+    dictionary = read_dictionary(length) if length else b""
+    if length and _load_bytes(words, Superblock.CODECS + CODEC_DICTIONARY_HASH, CODEC_HASH_WORDS) != _hash(dictionary):
+        raise StateError("the dictionary is damaged")
     try:
         geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
             disksize=words[Superblock.DISKSIZE],
-            codec=codec(name.decode("ascii"), level),
+            codec=codec(name.decode("ascii"), level, dictionary),
             chain_size=words[Superblock.CHAIN_SIZE],
             rule=FitRule(words[Superblock.FIT_RULE]),
             uuid=uuid.UUID(bytes=_load_bytes(words, Superblock.UUID, UUID_WORDS)),
@@ -98,6 +114,10 @@ def check_boot(words: memoryview) -> None:
     """
     if _load_bytes(words, Superblock.BOOT_ID, UUID_WORDS) not in (NO_BOOT, _boot_id()):
         raise StateError("the machine went down while the regions were in use, so they may contradict each other")
+
+
+def _hash(dictionary: bytes) -> bytes:
+    return hashlib.blake2b(dictionary, digest_size=CODEC_HASH_WORDS * WORD).digest()
 
 
 def _boot_id() -> bytes:

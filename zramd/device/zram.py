@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from zramd.device.codecs import CodecError
 from zramd.device.counters import IoStat, MmStat, RequestStat
+from zramd.device.slices import in_slices
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
@@ -28,7 +29,8 @@ from zramd.layout import (
     Superblock,
 )
 from zramd.memory import NoMemoryError, Region, SparseTable
-from zramd.zsmalloc import DamagedError, Pool, recover
+from zramd.zsmalloc import DamagedError, Pool, compact, recover
+from zramd.zsmalloc.stats import ClassStat, class_stats
 
 _PAGE_MASK = PAGE_SIZE - 1
 _WORDS = PAGE_SIZE // WORD
@@ -65,7 +67,9 @@ class Device:
         self.identity = identity
         self.disksize = identity.disksize
         self.lock = threading.Lock()
+        self.retired = False  # the regions are gone
         self.pool = pool
+        self._compacting = threading.Lock()
         self._words = superblock.words
         self._table = table
         self._elements = elements
@@ -307,6 +311,19 @@ class Device:
             self._noted_pages = 0
             self._save_counters()
 
+    def compact(self) -> None:
+        """Compact the pool, in slices beside I/O. While another thread does so, there is nothing to do."""
+        if self._compacting.acquire(blocking=False):
+            try:
+                in_slices(self, self._compact())
+            finally:
+                self._compacting.release()
+
+    def _compact(self) -> Iterator[None]:
+        for pages in compact(self.pool):
+            self._pages_compacted += pages
+            yield
+
     def mm_stat(self) -> MmStat:
         """Return the memory counters of one moment. Takes the lock."""
         with self.lock:
@@ -321,6 +338,11 @@ class Device:
                 huge_pages=self._huge_pages,
                 huge_pages_since=self._huge_pages_since,
             )
+
+    def class_stats(self) -> list[ClassStat]:
+        """Return the pool's size classes at one moment. Takes the lock."""
+        with self.lock:
+            return class_stats(self.pool)
 
     def io_stat(self) -> IoStat:
         """Return the failure and discard counters."""

@@ -1,9 +1,9 @@
-"""An export: a device under a name, and what a client is told of it."""
+"""An export: a disk under a name, and what a client is told of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zramd.device.zram import Device
+from zramd.device.disk import Disk
 from zramd.layout import PAGE_SIZE
 from zramd.nbd.protocol import TransmissionFlag
 
@@ -15,12 +15,11 @@ MAXIMUM_PAYLOAD = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """`flush` writes to the medium what was written to the device; it may raise OSError."""
+    """A disk that clients find under `name`."""
 
     name: str
     description: str
-    device: Device
-    flush: Callable[[], None]
+    disk: Disk
 
     @property
     def flags(self) -> TransmissionFlag:

@@ -4,6 +4,8 @@ import socket
 import time
 from collections.abc import Callable
 
+from zramd.device.disk import UninitialisedError
+from zramd.device.opening import OpenDevice
 from zramd.nbd.export import MAXIMUM_PAYLOAD, MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
 from zramd.nbd.protocol import (
     CLIENT_FLAGS,
@@ -46,12 +48,19 @@ class _InvalidError(Exception):
     """An option's data contradict themselves: an error reply, and the handshake goes on."""
 
 
+Connect = Callable[[Export], OpenDevice]
+"""Claims the disk of an export for a client. Raises UninitialisedError."""
+
+
 class Handshake:
     """One handshake on a connected socket, which must be over within `seconds`."""
 
-    def __init__(self, sock: socket.socket, exports: Exports, seconds: float = HANDSHAKE_SECONDS) -> None:
+    def __init__(
+        self, sock: socket.socket, exports: Exports, connect: Connect, seconds: float = HANDSHAKE_SECONDS
+    ) -> None:
         self._sock = sock
         self._exports = exports
+        self._connect = connect
         self._deadline = time.monotonic() + seconds
         self._no_zeroes = False
         self._fixed = False
@@ -79,8 +88,8 @@ class Handshake:
             raise TimeoutError("the handshake took too long")
         self._sock.settimeout(left)
 
-    def run(self) -> Export | None:
-        """Negotiate. Return the export to serve, or None if the client said it is done.
+    def run(self) -> OpenDevice | None:
+        """Negotiate. Return the device to serve, or None if the client said it is done.
 
         Raises:
             SessionError: the client broke the protocol or left.
@@ -107,17 +116,17 @@ class Handshake:
             if option == Option.ABORT:
                 self._reply(option, OptionReply.ACK)
                 return None
-            export = self._option(option, data)
-            if export is not None:
-                return export
+            opened = self._option(option, data)
+            if opened is not None:
+                return opened
         raise SessionError(f"more than {MAX_OPTIONS} options")
 
     def _reply(self, option: int, reply: OptionReply, data: bytes = b"") -> None:
         self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
 
-    def _option(self, option: int, data: bytes) -> Export | None:
-        """Answer an option. Return an export if transmission follows."""
-        answer: dict[int, Callable[[bytes], Export | None]] = {
+    def _option(self, option: int, data: bytes) -> OpenDevice | None:
+        """Answer an option. Return a device if transmission follows."""
+        answer: dict[int, Callable[[bytes], OpenDevice | None]] = {
             Option.LIST: self._list,
             Option.INFO: self._info,
             Option.GO: self._go,
@@ -131,7 +140,7 @@ class Handshake:
             self._reply(option, OptionReply.ERR_INVALID, str(error).encode())
             return None
 
-    def _export_name(self, data: bytes) -> Export:
+    def _export_name(self, data: bytes) -> OpenDevice:
         # The protocol has no error reply to this option.
         try:
             export = self._exports.find(_decode_name(data)) if len(data) <= MAX_NAME else None
@@ -139,9 +148,13 @@ class Handshake:
             raise SessionError(str(error)) from error
         if export is None:
             raise SessionError("no such export")
-        reply = EXPORT.pack(export.device.disksize, export.flags)
+        try:
+            opened = self._connect(export)
+        except UninitialisedError as error:
+            raise SessionError(str(error)) from error
+        reply = EXPORT.pack(opened.device.disksize, export.flags)
         self._send(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
-        return export
+        return opened
 
     def _list(self, data: bytes) -> None:
         if data:
@@ -154,16 +167,24 @@ class Handshake:
     def _info(self, data: bytes) -> None:
         self._describe(Option.INFO, data)
 
-    def _go(self, data: bytes) -> Export | None:
+    def _go(self, data: bytes) -> OpenDevice | None:
         return self._describe(Option.GO, data)
 
-    def _describe(self, option: Option, data: bytes) -> Export | None:
+    def _describe(self, option: Option, data: bytes) -> OpenDevice | None:
         name, wanted = _parse_info_request(data)
         export = self._exports.find(name)
         if export is None:
             self._reply(option, OptionReply.ERR_UNKNOWN, b"no such export")
             return None
-        self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, export.device.disksize, export.flags))
+        opened = None
+        try:
+            if option is Option.GO:
+                opened = self._connect(export)
+            disksize = opened.device.disksize if opened else export.disk.require_disksize()
+        except UninitialisedError as error:
+            self._reply(option, OptionReply.ERR_UNKNOWN, str(error).encode())
+            return None
+        self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, disksize, export.flags))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted:
@@ -172,7 +193,7 @@ class Handshake:
         sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD)
         self._reply(option, OptionReply.INFO, sizes)
         self._reply(option, OptionReply.ACK)
-        return export
+        return opened
 
 
 def _parse_info_request(data: bytes) -> tuple[str, set[int]]:

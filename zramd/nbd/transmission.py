@@ -14,11 +14,12 @@ whatever it does elsewhere comes after that. Only one that took its leave (DISC)
 
 import select
 import socket
+from collections.abc import Callable
 
 from zramd.device.stream import Prepared
-from zramd.device.zram import NoSpaceError, PageError
+from zramd.device.zram import Device, NoSpaceError, PageError
 from zramd.layout import PAGE_SIZE
-from zramd.nbd.export import MAXIMUM_PAYLOAD, Export
+from zramd.nbd.export import MAXIMUM_PAYLOAD
 from zramd.nbd.handshake import ClientLeftError, SessionError
 from zramd.nbd.protocol import (
     REQUEST,
@@ -61,14 +62,17 @@ Request = tuple[int, int, int, int, int, int, list[Prepared]]
 
 
 class Transmission:
-    """The transmission phase of one connection."""
+    """The transmission phase of one connection.
 
-    def __init__(self, sock: socket.socket, export: Export) -> None:
+    `flush` writes to the medium what was written to the device; it may raise OSError.
+    """
+
+    def __init__(self, sock: socket.socket, device: Device, flush: Callable[[], None]) -> None:
         self._sock = sock
-        self._device = export.device
-        self._disksize = export.device.disksize
-        self._flush = export.flush
-        self._stream = export.device.stream(bytearray(BUFFER_SIZE))
+        self._device = device
+        self._disksize = device.disksize
+        self._flush = flush
+        self._stream = device.stream(bytearray(BUFFER_SIZE))
         self._buffer = self._stream.view
         self._start = 0  # what is received and not yet consumed lies from here
         self._end = 0  # to here

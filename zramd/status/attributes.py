@@ -6,59 +6,68 @@ Formats: drivers/block/zram/zram_drv.c and block/genhd.c of Linux 6.18.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 
 from zramd import __version__
 from zramd.device import codecs
-from zramd.device.zram import Device
-from zramd.sizes import memparse
+from zramd.device.disk import Disk, UninitialisedError
+from zramd.zsmalloc.stats import format_classes
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A device as the status socket knows it: its name, where clients find it, how many are connected."""
+    """A disk as its sockets know it: where clients find it, how many are connected, and where it can be changed."""
 
-    name: str
-    device: Device
+    disk: Disk
     uris: tuple[str, ...]
     connections: Callable[[], int]
+    admin: Path
 
 
 class AttributeRefusedError(Exception):
     """A request that is answered with an error; the text starts with the errno's name."""
 
 
-def _mm_stat(device: Device) -> str:
-    return "{:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d}\n".format(*astuple(device.mm_stat()))
+def _mm_stat(disk: Disk) -> str:
+    return "{:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d} {:8d}\n".format(*astuple(disk.mm_stat()))
 
 
-def _io_stat(device: Device) -> str:
-    return "{:8d} {:8d} {:d} {:8d}\n".format(*astuple(device.io_stat()))
+def _io_stat(disk: Disk) -> str:
+    return "{:8d} {:8d} {:d} {:8d}\n".format(*astuple(disk.io_stat()))
 
 
-def _stat(device: Device) -> str:
+def _stat(disk: Disk) -> str:
     """17 fields: reads, merges, sectors, ms; the same for writes; in flight and two times; discards; flushes.
 
-    Merges and times stay 0, and discards are not counted, as for a kernel zram device.
+    Merges and times stay 0, and discards are not counted, as for a kernel zram device. The kernel counts bios; there is
+    no bio here, so this counts the client's requests, one that is larger than the connection's buffer as one too.
     """
-    counts = device.request_stat()
+    counts = disk.request_stat()
     fields = [counts.reads, 0, counts.read_sectors, 0, counts.writes, 0, counts.write_sectors, 0] + [0] * 9
     return " ".join(f"{field:8d}" for field in fields) + "\n"
 
 
-def _comp_algorithm(device: Device) -> str:
-    chosen = device.identity.codec.name
-    return "".join(f"[{name}] " if name == chosen else f"{name} " for name in codecs.NAMES) + "\n"
+def _debug_stat(_: Disk) -> str:
+    """Return the number of slots that swap could not free because they were locked; a discard here waits instead."""
+    return f"version: 1\n0 {0:8d}\n"
 
 
-_TEXTS: dict[str, Callable[[Device], str]] = {
+def _comp_algorithm(disk: Disk) -> str:
+    return "".join(f"[{name}] " if name == disk.algorithm else f"{name} " for name in codecs.NAMES) + "\n"
+
+
+_TEXTS: dict[str, Callable[[Disk], str]] = {
     "mm_stat": _mm_stat,
     "io_stat": _io_stat,
+    "debug_stat": _debug_stat,
     "stat": _stat,
-    "disksize": lambda device: f"{device.disksize}\n",
+    "disksize": lambda disk: f"{disk.disksize}\n",
     "comp_algorithm": _comp_algorithm,
-    "mem_limit": lambda device: f"{device.mm_stat().mem_limit}\n",
-    "mem_used_max": lambda device: f"{device.mm_stat().mem_used_max}\n",
-    "initstate": lambda _: "1\n",
+    "mem_limit": lambda disk: f"{disk.mm_stat().mem_limit}\n",
+    "mem_used_max": lambda disk: f"{disk.mm_stat().mem_used_max}\n",
+    "initstate": lambda disk: f"{int(disk.disksize != 0)}\n",
+    "classes": lambda disk: format_classes(disk.class_stats()),
+    "codecs": lambda disk: codecs.describe(disk.algorithm),
 }
 
 NAMES = (*_TEXTS, "json")
@@ -68,57 +77,37 @@ def read(served: Served, name: str) -> str:
     """Return the text of an attribute.
 
     Raises:
-        AttributeRefusedError: there is no such attribute.
+        AttributeRefusedError: there is no such attribute, or the disk has it only once it is initialised.
     """
     if name == "json":
         return json.dumps(everything(served)) + "\n"
     if name not in _TEXTS:
-        raise _unknown(name)
-    return _TEXTS[name](served.device)
+        raise AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")
+    try:
+        return _TEXTS[name](served.disk)
+    except UninitialisedError as error:
+        raise AttributeRefusedError(f"EINVAL {error}") from error
 
 
 def everything(served: Served) -> dict[str, object]:
     """Return all there is to know, ready for JSON. Sizes are in bytes."""
-    device = served.device
-    identity = device.identity
+    disk, opened = served.disk, served.disk.opened
+    identity = opened.device.identity if opened else None
     return {
-        "name": served.name,
+        "name": disk.name,
         "version": __version__,
         "uris": list(served.uris),
+        "admin": str(served.admin),
         "connections": served.connections(),
-        "uuid": str(identity.uuid),
-        "initstate": 1,
-        "disksize": device.disksize,
-        "comp_algorithm": identity.codec.name,
-        "level": identity.codec.level,
+        "uuid": str(identity.uuid) if identity else None,
+        "initstate": int(opened is not None),
+        "disksize": disk.disksize,
+        "comp_algorithm": disk.algorithm,
+        "level": identity.codec.level if identity else None,
+        "dictionary_bytes": len(identity.codec.dictionary) if identity else 0,
         "lz4_implementation": codecs.lz4_implementation(),
-        "chain_size": identity.chain_size,
-        "mm_stat": asdict(device.mm_stat()),
-        "io_stat": asdict(device.io_stat()),
-        "stat": asdict(device.request_stat()),
+        "chain_size": identity.chain_size if identity else None,
+        "mm_stat": asdict(disk.mm_stat()),
+        "io_stat": asdict(disk.io_stat()),
+        "stat": asdict(disk.request_stat()),
     }
-
-
-def write(served: Served, name: str, value: str) -> None:
-    """Store to an attribute, by the kernel's rules.
-
-    Raises:
-        AttributeRefusedError: it cannot be written, or not with this value.
-    """
-    if name == "mem_limit":
-        try:
-            served.device.set_mem_limit(memparse(value))
-        except ValueError as error:
-            raise AttributeRefusedError(f"EINVAL {error}") from error
-    elif name == "mem_used_max":
-        if value.strip() != "0":
-            raise AttributeRefusedError("EINVAL mem_used_max takes only 0, which resets it to the current use")
-        served.device.reset_mem_used_max()
-    elif name in NAMES:
-        raise AttributeRefusedError(f"EACCES {name} cannot be written")
-    else:
-        raise _unknown(name)
-
-
-def _unknown(name: str) -> AttributeRefusedError:
-    return AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")

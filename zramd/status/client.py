@@ -4,30 +4,32 @@ import os
 import socket
 from pathlib import Path
 
-from zramd.paths import status_sockets
+from zramd.paths import STATUS_SUFFIX, server_sockets
 
 SECONDS = 10.0
+"""What a server that is well takes to connect to, and to answer all but what takes long."""
 
 
 class StatusError(Exception):
     """No server answers, or it refused."""
 
 
-def find_server() -> Path:
-    """Return the status socket of the one server that runs.
+def find_server(suffix: str = STATUS_SUFFIX) -> Path:
+    """Return the socket (`.status` or `.admin`) of the one server that runs.
 
     Raises:
         StatusError: none runs, or several do.
     """
+    option = f"--{suffix[1:]}"
     try:
-        alive = [path for path in status_sockets() if _answers(path)]
+        alive = [path for path in server_sockets(suffix) if _answers(path)]
     except OSError as error:
-        raise StatusError(f"cannot look for servers: {error}; name one with --status PATH") from error
+        raise StatusError(f"cannot look for servers: {error}; name one with {option} PATH") from error
     if len(alive) == 1:
         return alive[0]
     if not alive:
-        raise StatusError("no running server found: start one with `zramd serve`, or name it with --status PATH")
-    raise StatusError(f"several servers run; choose one with --status: {' '.join(map(str, alive))}")
+        raise StatusError(f"no running server found: start one with `zramd serve`, or name it with {option} PATH")
+    raise StatusError(f"several servers run; choose one with {option}: {' '.join(map(str, alive))}")
 
 
 def _answers(path: Path) -> bool:
@@ -49,14 +51,15 @@ def _connect(path: Path) -> socket.socket:
     return sock
 
 
-def ask(path: Path, request: str) -> str:
-    """Send one request and return the answer, without the blank line that ends it.
+def ask(path: Path, request: str, seconds: float | None = SECONDS) -> str:
+    """Send one request and return the answer, without the blank line that ends it; wait up to `seconds` (or forever).
 
     Raises:
         StatusError: the server cannot be reached, or it refused.
     """
     try:
         with _connect(path) as sock:
+            sock.settimeout(seconds)
             sock.sendall(os.fsencode(request) + b"\n")
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))

@@ -1,78 +1,47 @@
-"""The status socket: a line with an attribute's name is answered with its text and a blank line.
+"""The two sockets of a disk: one to read its attributes, for a group, and one to change them too, for the owner.
 
-    mm_stat              the text of the attribute, exactly as sysfs would print it
-    mem_limit 512M       stores to the attribute; the answer is only the blank line
+    mm_stat              the text of the attribute, exactly as sysfs would print it, and a blank line
+    mem_limit 512M       changes it; the answer is only the blank line
     anything refused     error: ERRNO what was wrong
 
-A connection may ask any number of times. It costs a thread; what it can ask is bounded, and none of it waits for I/O.
+A connection may ask any number of times.
 """
 
 import logging
+import os
 import socket
+import struct
 import threading
+import time
 
-from zramd.status.attributes import AttributeRefusedError, Served, read, write
+from zramd.listeners import Connections
+from zramd.status.attributes import AttributeRefusedError, Served, read
+from zramd.status.control import write
 
 MAX_LINE = 4096
 """Bytes in a request."""
 MAX_CLIENTS = 32
+"""Of each socket, so that those who read never take the place of the one who wants to change something."""
 IDLE_SECONDS = 60.0
 """A client that asks nothing for so long is disconnected: the place may be needed."""
 SEND_SECONDS = 5.0
 """A client that does not take its answer by then is disconnected."""
+READ_PAUSE = 0.001
+"""Readers take turns, an answer or a connection in this many seconds: what they ask for costs I/O time."""
+
+_PEER = struct.Struct("3i")
+"""Linux's struct ucred: pid, uid, gid."""
 
 log = logging.getLogger(__name__)
 
 
-class StatusServer:
-    """Answers for one device on a listening socket, in threads of its own."""
+class StatusServer(Connections):
+    """Answers for one disk those who may only read."""
 
-    def __init__(self, listener: socket.socket, served: Served) -> None:
-        self._listener = listener
+    def __init__(self, served: Served, kind: str = "status") -> None:
+        super().__init__(kind, MAX_CLIENTS, self._answer_lines)
         self._served = served
-        self._places = threading.BoundedSemaphore(MAX_CLIENTS)
-        self._stopping = False
-
-    def start(self) -> None:
-        """Accept from now on."""
-        threading.Thread(target=self._accept, name="status-accept", daemon=True).start()
-
-    def stop(self) -> None:
-        """Accept no more. Clients that are connected lose their connection with the process."""
-        self._stopping = True
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if self._stopping:
-                    return
-                log.warning("cannot accept a status client: %s", error)
-                threading.Event().wait(0.1)
-                continue
-            if not self._places.acquire(blocking=False):
-                sock.close()
-                continue
-            try:
-                threading.Thread(target=self._serve, args=(sock,), name="status", daemon=True).start()
-            except RuntimeError as error:
-                log.warning("cannot serve a status client: %s", error)
-                sock.close()
-                self._places.release()
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            with sock:
-                self._answer_lines(sock)
-        except OSError as error:
-            log.debug("status client lost: %s", error)
-        except Exception as error:
-            log.error("status client ended by a defect of the server: %r", error)
-        finally:
-            self._places.release()
+        self._turn = threading.Lock()
 
     def _answer_lines(self, sock: socket.socket) -> None:
         pending = b""
@@ -97,11 +66,37 @@ class StatusServer:
                 return
 
     def _answer(self, line: bytes) -> str:
+        name, _, value = line.decode(errors="replace").lstrip().partition(" ")
         try:
-            name, _, value = line.decode(errors="replace").strip().partition(" ")
-            if value:
-                write(self._served, name, value)
-                return ""
-            return read(self._served, name)
+            return self._carry_out(name.rstrip(), value)
         except AttributeRefusedError as error:
             return f"error: {error}\n"
+
+    def _carry_out(self, name: str, value: str) -> str:
+        if value.strip():
+            raise AttributeRefusedError(f"EACCES this socket is for reading; changes go to {self._served.admin}")
+        with self._turn:
+            time.sleep(READ_PAUSE)
+            return read(self._served, name)
+
+
+class AdminServer(StatusServer):
+    """Answers the owner of the server, and root, who may change the disk."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__(served, "admin")
+
+    def _answer_lines(self, sock: socket.socket) -> None:
+        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid not in (0, os.geteuid()):
+            log.warning("user %d may not change the disk", uid)
+            sock.settimeout(SEND_SECONDS)
+            sock.sendall(f"error: EACCES only the owner of the server, user {os.geteuid()}, may\n\n".encode())
+            return
+        super()._answer_lines(sock)
+
+    def _carry_out(self, name: str, value: str) -> str:
+        if not value:
+            return read(self._served, name)
+        write(self._served, name, value)
+        return ""

@@ -1,7 +1,8 @@
 """The zsmalloc allocator on flat shared regions. It knows nothing of blocks, codecs or NBD."""
 
 from zramd.zsmalloc.classes import FitRule, Geometry, SizeClass, geometry
+from zramd.zsmalloc.compaction import compact
 from zramd.zsmalloc.pool import Pool
 from zramd.zsmalloc.recovery import DamagedError, recover
 
-__all__ = ["DamagedError", "FitRule", "Geometry", "Pool", "SizeClass", "geometry", "recover"]
+__all__ = ["DamagedError", "FitRule", "Geometry", "Pool", "SizeClass", "compact", "geometry", "recover"]

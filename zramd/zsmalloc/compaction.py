@@ -32,7 +32,7 @@ def compact(pool: Pool) -> Iterator[int]:
 def _step(pool: Pool, state: ClassState) -> int | None:
     """Move what fits from the emptiest zspage to the fullest. Return the pages freed, None if there are no two."""
     group = state.filled.bit_length() - 1
-    if not group or state.filled == 1 << group and state.counts[group] == 1:
+    if not group or (state.filled == 1 << group and state.counts[group] == 1):
         return None
     destination = state.heads[group] - 1
     state.regroup(destination, group, FULL)

@@ -1,0 +1,84 @@
+"""`zramd set`, `compact` and `reset`: what can be changed in a running server."""
+
+from pathlib import Path
+
+import click
+
+from zramd.cli.options import admin_option
+from zramd.cli.stat import request, server_socket
+from zramd.layout import PAGE_SIZE
+from zramd.paths import ADMIN_SUFFIX
+from zramd.sizes import format_size
+
+
+@click.command("set")
+@click.argument("assignments", metavar="NAME=VALUE...", nargs=-1, required=True)
+@admin_option
+def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
+    """Change attributes of a running server, one after the other.
+
+    Each is what the kernel's file of that name takes for zram; numbers may end in K, M, G, T (of 1024).
+
+    \b
+      mem_limit         most memory for compressed data; 0 for none
+      mem_used_max      0: the peak starts from the current use
+      compact           anything: compact the pool
+      reset             1: throw the contents and all settings away; `force` disconnects clients
+      comp_algorithm    lz4, lz4hc or zstd; before disksize
+      algorithm_params  'level=N dict=/PATH'; before disksize
+      disksize          makes the disk; after a reset, or after `zramd serve --size 0`
+
+    \b
+    Example:
+      zramd set mem_limit=512M mem_used_max=0
+      zramd set reset=1 comp_algorithm=zstd algorithm_params='level=9' disksize=4G
+    """
+    pairs = [_parse(assignment) for assignment in assignments]
+    path = server_socket(socket, ADMIN_SUFFIX)
+    for name, value in pairs:
+        # Compaction and reset take as long as there is to do.
+        request(path, f"{name} {value}", None)
+
+
+def _parse(assignment: str) -> tuple[str, str]:
+    name, equals, value = assignment.partition("=")
+    if not equals or name.split() != [name] or not value.strip() or "\n" in value:
+        raise click.UsageError(f"{assignment!r} is not NAME=VALUE")
+    return name, value
+
+
+@click.command()
+@admin_option
+def compact(socket: Path | None) -> None:
+    """Move compressed pages together, and give the memory between them back.
+
+    It runs beside I/O, in slices of a millisecond. `zramd stat classes --human` shows what it could free.
+
+    \b
+    Example:
+      zramd compact
+    """
+    path = server_socket(socket, ADMIN_SUFFIX)
+    before = _pages_compacted(path)
+    request(path, "compact 1", None)
+    freed = _pages_compacted(path) - before
+    click.echo(f"{freed} pages freed ({format_size(freed * PAGE_SIZE)})")
+
+
+def _pages_compacted(path: Path) -> int:
+    return int(request(path, "mm_stat").split()[6])
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Disconnect the clients first. What they have mounted or swapped is lost.")
+@admin_option
+def reset(force: bool, socket: Path | None) -> None:
+    """Throw the contents away, with size, limit, algorithm and counters. The server goes on.
+
+    Refused while a client is connected.
+
+    \b
+    Example:
+      zramd reset && zramd set disksize=2G
+    """
+    request(server_socket(socket, ADMIN_SUFFIX), "reset force" if force else "reset 1", None)

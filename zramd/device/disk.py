@@ -1,0 +1,247 @@
+"""A disk over its whole life: set up, initialised by its disksize, used, reset. The rules are Linux 6.18's zram's.
+
+A disk without a device is uninitialised: it has a name and settings, but no size, and nobody can connect to it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zramd.device.codecs import NAMES, Parameters, codec
+from zramd.device.counters import IoStat, MmStat, RequestStat
+from zramd.device.opening import DEFAULT_ALGORITHM, OpenDevice, Wanted
+from zramd.layout import PAGE_SIZE
+from zramd.memory import RegionStore
+from zramd.zsmalloc.stats import ClassStat
+
+RESET_SECONDS = 5.0
+"""How long a forced reset waits for the clients that it disconnects."""
+
+HangUp = Callable[[], None]
+"""Ends a client's connection soon; called from another thread."""
+
+
+class BusyError(Exception):
+    """The disk is in use, or in a state in which this cannot be done."""
+
+
+class UninitialisedError(Exception):
+    """The disk has no size yet."""
+
+
+class Disk:
+    """A disk called `name` whose regions lie in `directory` (None: in memfds that die with the process).
+
+    `opened` is the device and its regions, None while the disk is uninitialised. Methods that change the disk exclude
+    each other; those that only look wait for nobody but the device's lock.
+    """
+
+    def __init__(self, name: str, directory: Path | None, chain_size: int | None = None) -> None:
+        self.name = name
+        self.opened: OpenDevice | None = None
+        self._directory = directory
+        self._chain_size = chain_size
+        self._control = threading.Lock()
+        self._changed = threading.Condition()
+        self._clients: list[HangUp] = []
+        self._resetting = False
+        self._forget_settings()
+
+    def _forget_settings(self) -> None:
+        self._algorithm = DEFAULT_ALGORITHM
+        self._parameters = Parameters()
+        self._mem_limit = 0
+
+    def open(self, wanted: Wanted) -> OpenDevice:
+        """Find the disk in kept regions, or make it there.
+
+        Raises:
+            StateError, NoMemoryError, RegionError, OSError: as OpenDevice.
+        """
+        self.opened = OpenDevice(RegionStore(self._directory), wanted)
+        return self.opened
+
+    def leave(self) -> bool:
+        """Leave the regions in order for the next process; say whether there are any. Nothing can change any more.
+
+        Raises:
+            OSError: the medium failed.
+        """
+        self._control.acquire()
+        if self.opened is None:
+            return False
+        self.opened.leave()
+        return True
+
+    @property
+    def disksize(self) -> int:
+        """Bytes; 0 if the disk is uninitialised."""
+        opened = self.opened
+        return opened.device.disksize if opened else 0
+
+    @property
+    def algorithm(self) -> str:
+        """The codec of the disk, or the one chosen for it."""
+        opened = self.opened
+        return opened.device.identity.codec.name if opened else self._algorithm
+
+    def mm_stat(self) -> MmStat:
+        """Return the memory counters; all but the limit are 0 while the disk is uninitialised."""
+        opened = self.opened
+        return opened.device.mm_stat() if opened else MmStat(mem_limit=self._mem_limit)
+
+    def io_stat(self) -> IoStat:
+        """Return the failure and discard counters."""
+        opened = self.opened
+        return opened.device.io_stat() if opened else IoStat()
+
+    def request_stat(self) -> RequestStat:
+        """Return the request counters."""
+        opened = self.opened
+        return opened.device.request_stat() if opened else RequestStat()
+
+    def class_stats(self) -> list[ClassStat]:
+        """Return the pool's size classes.
+
+        Raises:
+            UninitialisedError: there is no pool.
+        """
+        return self._require_opened().device.class_stats()
+
+    def require_disksize(self) -> int:
+        """Return the disk's bytes.
+
+        Raises:
+            UninitialisedError: it has none.
+        """
+        return self._require_opened().device.disksize
+
+    def _require_opened(self) -> OpenDevice:
+        opened = self.opened
+        if opened is None:
+            raise UninitialisedError(f"{self.name} is not initialised: set its disksize first")
+        return opened
+
+    def _require_uninitialised(self) -> None:
+        if self.opened:
+            raise BusyError(f"{self.name} is initialised: reset it first")
+
+    @contextmanager
+    def connected(self, hang_up: HangUp) -> Iterator[OpenDevice]:
+        """Keep the disk from being reset while a client uses it.
+
+        Raises:
+            UninitialisedError: the disk has no size yet, or is just being reset.
+        """
+        with self._changed:
+            opened = self._require_opened()
+            if self._resetting:
+                raise UninitialisedError(f"{self.name} is being reset")
+            self._clients.append(hang_up)
+        try:
+            yield opened
+        finally:
+            with self._changed:
+                self._clients.remove(hang_up)
+                self._changed.notify_all()
+
+    def set_algorithm(self, name: str) -> None:
+        """Choose the codec by name.
+
+        Raises:
+            ValueError: there is none of that name.
+            BusyError: the disk is initialised.
+        """
+        if name not in NAMES:
+            raise ValueError(f"unknown algorithm {name!r}: choose one of {', '.join(NAMES)}")
+        with self._control:
+            self._require_uninitialised()
+            self._algorithm = name
+
+    def set_parameters(self, parameters: Parameters, algorithm: str | None) -> None:
+        """Set level and dictionary of the chosen codec; what is not given goes back to its default.
+
+        They are for the `algorithm` that is named, if one is, and it has to be the chosen one. As from Linux 7.1, the
+        disk must be uninitialised: what is stored already needs the parameters that it was stored with.
+
+        Raises:
+            ValueError: another algorithm is chosen, or this one cannot have these.
+            BusyError: the disk is initialised.
+        """
+        with self._control:
+            self._require_uninitialised()
+            if algorithm not in (None, self._algorithm):
+                raise ValueError(f"{algorithm} is not the chosen algorithm: set comp_algorithm first")
+            codec(self._algorithm, parameters.level, parameters.dictionary)
+            self._parameters = parameters
+
+    def initialise(self, disksize: int) -> None:
+        """Give the disk its size in bytes, rounded up to pages; it can then be connected to.
+
+        Raises:
+            ValueError: the size is 0, or the codec cannot have its parameters.
+            BusyError: the disk is initialised.
+            StateError, NoMemoryError, RegionError, OSError: as OpenDevice.
+        """
+        if not disksize:
+            raise ValueError("a disk has at least one page")
+        with self._control:
+            self._require_uninitialised()
+            chosen = codec(self._algorithm, self._parameters.level, self._parameters.dictionary)
+            opened = OpenDevice(RegionStore(self._directory), Wanted(disksize, chosen, self._chain_size))
+            opened.device.set_mem_limit(self._mem_limit)
+            self.opened = opened
+
+    def set_mem_limit(self, limit: int) -> None:
+        """Set the memory limit in bytes, rounded up to pages; 0 is none."""
+        with self._control:
+            if self.opened:
+                self.opened.device.set_mem_limit(limit)
+            else:
+                self._mem_limit = -(-limit // PAGE_SIZE) * PAGE_SIZE
+
+    def reset_mem_used_max(self) -> None:
+        """Let the high-water mark of memory start from what is used now."""
+        with self._control:
+            if self.opened:
+                self.opened.device.reset_mem_used_max()
+
+    def compact(self) -> None:
+        """Compact the pool.
+
+        Raises:
+            UninitialisedError: there is no pool.
+        """
+        self._require_opened().device.compact()
+
+    def reset(self, *, force: bool = False) -> None:
+        """Throw the contents away, and forget size, limit, codec, parameters and counters.
+
+        `force` disconnects the clients first.
+
+        Raises:
+            BusyError: a client is connected.
+            RegionError: the regions cannot be given back.
+        """
+        with self._control:
+            self._disconnect(force)
+            try:
+                opened, self.opened = self.opened, None
+                self._forget_settings()
+                if opened:
+                    opened.destroy()
+            finally:
+                self._resetting = False
+
+    def _disconnect(self, force: bool) -> None:
+        """Let no client in any more; those that are in must leave."""
+        with self._changed:
+            if self._clients and not force:
+                raise BusyError(f"{len(self._clients)} connected to {self.name}: disconnect them, or force the reset")
+            self._resetting = True
+            for hang_up in self._clients:
+                hang_up()
+            if not self._changed.wait_for(lambda: not self._clients, RESET_SECONDS):
+                self._resetting = False
+                raise BusyError(f"a client of {self.name} did not end within {RESET_SECONDS:g} s")

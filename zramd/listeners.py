@@ -1,0 +1,198 @@
+"""Listening sockets, and the connections that come in on them: a thread accepts on each, one serves each connection."""
+
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+MAX_UNIX_PATH = 107
+"""Bytes in the path of a Unix socket: sun_path without its NUL."""
+
+log = logging.getLogger(__name__)
+
+
+class ListenError(Exception):
+    """An address cannot be listened on."""
+
+
+def listen_unix(path: Path, group: int | None = None) -> socket.socket:
+    """Listen on a Unix socket that only its owner may use, and the members of a group (by gid) if one is given.
+
+    The socket of a server that has died is taken over.
+
+    Raises:
+        ListenError: the path is taken or cannot be used.
+    """
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
+        raise ListenError(f"cannot listen on {path}: a socket's path has at most {MAX_UNIX_PATH} bytes")
+    # It listens before it has its name: whoever finds the name refusing connections knows that its server is dead.
+    unnamed = path.with_name(f".{os.getpid()}")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before bind: the file then never exists with another mode.
+        os.fchmod(sock.fileno(), 0o600)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        sock.bind(str(unnamed))
+        try:
+            if group is not None:
+                os.chown(unnamed, -1, group)
+                os.chmod(unnamed, 0o660)
+            sock.listen(128)
+            if _is_stale(path):
+                path.unlink()
+            os.link(unnamed, path)
+        finally:
+            unnamed.unlink()
+    except OSError as error:
+        sock.close()
+        reason = error.strerror or str(error)
+        if error.errno == errno.EEXIST:
+            reason = "another server listens there" if path.is_socket() else "there is a file that is no socket"
+        raise ListenError(f"cannot listen on {path}: {reason}") from error
+    return sock
+
+
+def _is_stale(path: Path) -> bool:
+    """Say whether a path is a socket that nobody listens on."""
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen on a TCP address.
+
+    Raises:
+        ListenError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ListenError(f"cannot listen on {host}:{port}: it is not the address of a host") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return sock
+
+
+class Connections:
+    """Serves whoever connects to any of several listeners with `serve`, in a thread for each, `most` at a time.
+
+    `kind` names them in the log and the threads. `serve` handles the errors that it expects; the socket is closed for
+    it.
+    """
+
+    def __init__(self, kind: str, most: int, serve: Callable[[socket.socket], None]) -> None:
+        self._kind = kind
+        self._most = most
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._listeners: list[socket.socket] = []
+        self._threads: dict[socket.socket, threading.Thread] = {}
+        self._stopping = False
+
+    def __len__(self) -> int:
+        """Return how many are connected."""
+        return len(self._threads)
+
+    def accept_on(self, listener: socket.socket, pause: float = 0) -> None:
+        """Accept connections on a listener from now on, at most one every `pause` seconds."""
+        self._listeners.append(listener)
+        thread = threading.Thread(target=self._accept, args=(listener, pause), name=f"{self._kind}-accept", daemon=True)
+        thread.start()
+
+    def _accept(self, listener: socket.socket, pause: float) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return
+                log.warning("cannot accept a connection (%s): %s", self._kind, error)
+                # Out of descriptors or memory: what is connected goes on, and the next try comes a little later.
+                time.sleep(0.1)
+                continue
+            thread = threading.Thread(target=self._run, args=(sock,), name=self._kind, daemon=True)
+            # Started under the lock: stop() then finds only threads that it can wait for.
+            with self._lock:
+                if self._stopping:
+                    sock.close()
+                    return
+                if len(self._threads) >= self._most:
+                    log.warning("more than %d connections (%s): one refused", self._most, self._kind)
+                    sock.close()
+                    continue
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    log.warning("cannot serve a connection (%s): %s", self._kind, error)
+                    sock.close()
+                    continue
+                self._threads[sock] = thread
+            if pause:
+                time.sleep(pause)
+
+    def _run(self, sock: socket.socket) -> None:
+        try:
+            self._serve(sock)
+        except OSError as error:
+            log.info("connection lost (%s): %s", self._kind, error)
+        except Exception as error:
+            log.error("connection ended by a defect of the server (%s): %s", self._kind, describe_defect(error))
+        finally:
+            with self._lock:
+                self._threads.pop(sock, None)
+            sock.close()
+
+    def stop(self, seconds: float) -> bool:
+        """Stop listening, let each connection answer what it has received, and wait up to `seconds` for that.
+
+        Return whether all connections ended in time; those that did not are cut off.
+        """
+        with self._lock:
+            self._stopping = True
+            threads = dict(self._threads)
+        for listener in self._listeners:
+            # shutdown, since closing alone does not wake a thread that waits in accept.
+            shut_down(listener, socket.SHUT_RDWR)
+            listener.close()
+        for sock in threads:
+            shut_down(sock, socket.SHUT_RD)
+        for thread in threads.values():
+            thread.join(seconds / max(1, len(threads)))
+        late = [sock for sock, thread in threads.items() if thread.is_alive()]
+        for sock in late:
+            shut_down(sock, socket.SHUT_RDWR)
+            threads[sock].join(seconds / len(late))
+        return not late
+
+
+def describe_defect(error: Exception) -> str:
+    """Return one line that says what went wrong, and where in the code."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+
+
+def shut_down(sock: socket.socket, how: int) -> None:
+    """Shut a socket down that its peer, or the thread that serves it, may have closed already."""
+    try:
+        sock.shutdown(how)
+    except OSError as error:
+        log.debug("shutdown: %s", error)

@@ -1,0 +1,106 @@
+"""The words that change a disk, as `NAME VALUE`, by the rules of the kernel's files of the same names.
+
+What each takes and refuses, and in which order: drivers/block/zram/zram_drv.c of Linux 6.18, but for algorithm_params,
+which is as in Linux 7.1.
+"""
+
+import errno
+import re
+from collections.abc import Callable
+
+from zramd.device.codecs import parse_parameters, split_words
+from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.superblock import StateError
+from zramd.memory import NoMemoryError, RegionError
+from zramd.sizes import memparse
+from zramd.status.attributes import NAMES, AttributeRefusedError, Served
+
+FORCE = "force"
+"""The value of `reset` that disconnects clients; the kernel has nothing like it."""
+MAX_ALGORITHM = 128
+"""Characters in comp_algorithm (CRYPTO_MAX_ALG_NAME)."""
+MAX_RESET = (1 << 16) - 1
+
+_INTEGER = re.compile(r"\+?([0-9]+)\n?", re.ASCII)
+
+
+def _integer(value: str) -> int:
+    """Return a decimal number, as kstrtoul reads it."""
+    match = _INTEGER.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a decimal number")
+    return int(match[1])
+
+
+def _set_mem_used_max(disk: Disk, value: str) -> None:
+    if _integer(value) != 0:
+        raise ValueError("mem_used_max takes only 0, which resets it to the current use")
+    disk.reset_mem_used_max()
+
+
+def _set_algorithm(disk: Disk, value: str) -> None:
+    if len(value) >= MAX_ALGORITHM:
+        raise OSError(errno.E2BIG, "no algorithm has so long a name")
+    disk.set_algorithm(value)
+
+
+def _set_parameters(disk: Disk, value: str) -> None:
+    words = split_words(value)
+    if words.get("priority", "0") != "0":
+        raise ValueError(f"priority={words['priority']}: there is only the primary algorithm, priority 0")
+    try:
+        parameters = parse_parameters(words)
+    except OSError as error:
+        # The kernel gives no other reason.
+        raise ValueError(f"cannot read the dictionary {words['dict']}: {error.strerror}") from error
+    disk.set_parameters(parameters, words.get("algo"))
+
+
+def _reset(disk: Disk, value: str) -> None:
+    force = value == FORCE
+    if not force:
+        number = _integer(value)
+        if number > MAX_RESET:
+            raise OSError(errno.ERANGE, f"{number} is more than {MAX_RESET}")
+        if not number:
+            raise ValueError("reset takes a number that is not 0, or `force` to disconnect the clients first")
+    disk.reset(force=force)
+
+
+_WORDS: dict[str, Callable[[Disk, str], None]] = {
+    "disksize": lambda disk, value: disk.initialise(memparse(value)),
+    "comp_algorithm": _set_algorithm,
+    "algorithm_params": _set_parameters,
+    "mem_limit": lambda disk, value: disk.set_mem_limit(memparse(value)),
+    "mem_used_max": _set_mem_used_max,
+    "compact": lambda disk, _: disk.compact(),
+    "reset": _reset,
+}
+
+WORDS = tuple(_WORDS)
+
+
+def write(served: Served, name: str, value: str) -> None:
+    """Carry out a control word.
+
+    Raises:
+        AttributeRefusedError: there is no such word, or not with this value or in this state.
+    """
+    if name not in _WORDS:
+        if name in NAMES:
+            raise AttributeRefusedError(f"EACCES {name} cannot be written")
+        raise AttributeRefusedError(f"EINVAL no attribute {name!r} can be written; there are: {' '.join(WORDS)}")
+    try:
+        _WORDS[name](served.disk, value)
+    except BusyError as error:
+        raise AttributeRefusedError(f"EBUSY {error}") from error
+    except (ValueError, UninitialisedError, StateError) as error:
+        raise AttributeRefusedError(f"EINVAL {error}") from error
+    except NoMemoryError as error:
+        raise AttributeRefusedError(f"ENOMEM {error}") from error
+    except RegionError as error:
+        raise AttributeRefusedError(f"EIO {error}") from error
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "EIO")
+        where = f"{error.filename}: " if error.filename else ""
+        raise AttributeRefusedError(f"{name} {where}{error.strerror or error}") from error
