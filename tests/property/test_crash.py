@@ -150,3 +150,24 @@ def test_a_kill_at_any_line_leaves_each_page_old_or_new(algorithm: str, chain_si
         seen += len(states)
     assert seen > 3 * OPERATIONS
     opened.close()
+
+
+def test_a_kill_at_any_line_of_a_compaction_loses_nothing(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted(SIZE, codec("lz4"), 8))
+    device = opened.device
+    for page in range(PAGES):
+        # Of one size class, with several objects in a zspage.
+        data = generator.randbytes(1100).ljust(PAGE_SIZE, b"z")
+        write(device, page * PAGE_SIZE, bytearray(data))
+    with device:
+        for page in generator.sample(range(PAGES), PAGES * 2 // 3):
+            device.discard(page * PAGE_SIZE, PAGE_SIZE)
+    expected = read(device, 0, SIZE)
+    with every_state(opened.regions) as states:
+        device.compact()
+    assert device.mm_stat().pages_compacted > 0
+    assert len(states) > 6
+    for state in states:
+        check(state, expected, expected, generator)
+    opened.close()

@@ -1,6 +1,7 @@
 """The device against a plain bytearray, and its counters against a recount from the regions."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -169,6 +170,16 @@ class DeviceMachine(RuleBasedStateMachine):
             self.expected[start : start + PAGE_SIZE] = written
         assert self.device.mm_stat().mem_used_total <= used + 3 * PAGE_SIZE
         self.device.set_mem_limit(0)
+
+    @rule()
+    def compact(self) -> None:
+        before = self.device.mm_stat()
+        self.device.compact()
+        after = self.device.mm_stat()
+        freed = after.pages_compacted - before.pages_compacted
+        assert after == replace(
+            before, mem_used_total=before.mem_used_total - freed * PAGE_SIZE, pages_compacted=after.pages_compacted
+        )
 
     @rule()
     def restart(self) -> None:

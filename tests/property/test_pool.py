@@ -8,11 +8,12 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from zramd.layout import PAGE_SIZE
+from zramd.layout import HANDLE_INDEX_MASK, HANDLE_INDEX_SHIFT, PAGE_SIZE
 from zramd.memory import Region, RegionStore
-from zramd.zsmalloc import FitRule, Pool, SizeClass, geometry
-from zramd.zsmalloc.classes import FULL, fullness_group
+from zramd.zsmalloc import FitRule, Pool, SizeClass, compact, geometry
+from zramd.zsmalloc.classes import FULL, FULLNESS_GROUPS, fullness_group
 from zramd.zsmalloc.recovery import recover
+from zramd.zsmalloc.stats import class_stats
 
 OBJECTS = 1 << 16
 
@@ -29,17 +30,22 @@ class ModelZspage:
 
 
 class ModelPool:
-    """The rules of mm/zsmalloc.c (find_get_zspage, obj_malloc, obj_free, fix_fullness_group) in plain Python."""
+    """mm/zsmalloc.c's find_get_zspage, obj_malloc, obj_free, fix_fullness_group and __zs_compact in plain Python.
+
+    `places` says where the object of each handle lies; compaction changes it.
+    """
 
     def __init__(self, chain_size: int, rule: FitRule) -> None:
         self.geometry = geometry(chain_size, rule)
         self.lists: dict[tuple[int, int], deque[ModelZspage]] = {}
         self.pages = 0
+        self.pages_compacted = 0
+        self.places: dict[int, tuple[ModelZspage, int]] = {}
 
     def _list(self, size_class: SizeClass, group: int) -> deque[ModelZspage]:
         return self.lists.setdefault((size_class.index, group), deque())
 
-    def malloc(self, length: int) -> tuple[ModelZspage, int]:
+    def malloc(self, handle: int, length: int) -> None:
         size_class = self.geometry.class_of(length)
         for group in reversed(range(FULL)):
             if self._list(size_class, group):
@@ -53,9 +59,10 @@ class ModelPool:
         index = zspage.free.popleft()
         zspage.used.add(index)
         self._regroup(zspage, group)
-        return zspage, index
+        self.places[handle] = zspage, index
 
-    def free(self, zspage: ModelZspage, index: int) -> None:
+    def free(self, handle: int) -> None:
+        zspage, index = self.places.pop(handle)
         before = zspage.group
         zspage.used.remove(index)
         zspage.free.appendleft(index)
@@ -68,6 +75,50 @@ class ModelPool:
         if zspage.group != before:
             self._list(zspage.size_class, before).remove(zspage)
             self._list(zspage.size_class, zspage.group).appendleft(zspage)
+
+    def zspages(self, size_class: SizeClass) -> list[ModelZspage]:
+        return [zspage for group in range(FULLNESS_GROUPS) for zspage in self._list(size_class, group)]
+
+    def freeable(self, size_class: SizeClass, isolated: ModelZspage | None) -> int:
+        zspages = self.zspages(size_class) + ([isolated] if isolated else [])
+        spare = sum(size_class.objects - len(zspage.used) for zspage in zspages)
+        return spare // size_class.objects * size_class.pages
+
+    def compact(self) -> None:
+        handles = {place: handle for handle, place in self.places.items()}
+        for size_class in reversed(self.geometry.kept()):
+            destination = None
+            while self.freeable(size_class, destination):
+                destination = destination or self._isolate(size_class, range(10, 0, -1))
+                source = self._isolate(size_class, range(1, 11)) if destination else None
+                if destination is None or source is None:
+                    break
+                for index in sorted(source.used):
+                    place = destination.free.popleft()
+                    destination.used.add(place)
+                    source.used.remove(index)
+                    source.free.appendleft(index)
+                    handle = handles.pop((source, index))
+                    handles[destination, place] = handle
+                    self.places[handle] = destination, place
+                    if destination.group == FULL:
+                        break
+                if source.used:
+                    self._list(size_class, source.group).appendleft(source)
+                else:
+                    self.pages -= size_class.pages
+                    self.pages_compacted += size_class.pages
+                if destination.group == FULL:
+                    self._list(size_class, FULL).appendleft(destination)
+                    destination = None
+            if destination:
+                self._list(size_class, destination.group).appendleft(destination)
+
+    def _isolate(self, size_class: SizeClass, groups: range) -> ModelZspage | None:
+        for group in groups:
+            if self._list(size_class, group):
+                return self._list(size_class, group).popleft()
+        return None
 
 
 def make_pool(regions: dict[str, Region], chain_size: int, rule_: FitRule, objects: int = OBJECTS) -> Pool:
@@ -140,7 +191,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = make_pool(self.regions, 8, FitRule.LEAST_WASTE)
         self.model = ModelPool(8, FitRule.LEAST_WASTE)
         self.live: dict[int, bytes] = {}
-        self.places: dict[int, tuple[ModelZspage, int]] = {}
+        self.pages_compacted = 0
         self.serial = 0
         self.recovered = False
 
@@ -150,7 +201,7 @@ class PoolMachine(RuleBasedStateMachine):
         handle = self.pool.malloc(length, payload)
         assert handle not in self.live
         self.live[handle] = payload
-        self.places[handle] = self.model.malloc(length)
+        self.model.malloc(handle, length)
         return handle
 
     @rule(target=handles, length=st.integers(1, PAGE_SIZE))
@@ -170,13 +221,13 @@ class PoolMachine(RuleBasedStateMachine):
         view[:] = payload
         self.pool.unmap(view)
         self.live[handle] = payload
-        self.places[handle] = self.model.malloc(length)
+        self.model.malloc(handle, length)
         return handle
 
     def _free(self, handle: int) -> None:
         self.pool.free(handle)
         del self.live[handle]
-        self.model.free(*self.places.pop(handle))
+        self.model.free(handle)
         with pytest.raises(LookupError):
             self.pool.free(handle)
         with pytest.raises(LookupError):
@@ -195,6 +246,24 @@ class PoolMachine(RuleBasedStateMachine):
                 self._free(handle)
 
     @rule()
+    def compact(self) -> None:
+        self.pages_compacted += sum(compact(self.pool))
+        self.model.compact()
+        assert not any(stat.freeable for stat in class_stats(self.pool))
+
+    @rule(steps=st.integers(1, 20), seed=st.integers(0, 1000))
+    def compact_beside_other_work(self, steps: int, seed: int) -> None:
+        """Between two steps the pool is whole and may be used; from then on the model's lists are another's."""
+        generator = random.Random(seed)
+        for _ in zip(range(steps), compact(self.pool), strict=False):
+            check_invariants(self.pool, self.live)
+            if generator.random() < 0.5:
+                self._store(generator.choice([24, 1000, 2000, 3000]))
+            elif self.live:
+                self._free(generator.choice(sorted(self.live)))
+            self.recovered = True
+
+    @rule()
     def restart(self) -> None:
         """A new process on the same regions; the order inside the lists is its own from then on."""
         self.pool = make_pool(self.regions, 8, FitRule.LEAST_WASTE)
@@ -209,6 +278,20 @@ class PoolMachine(RuleBasedStateMachine):
     def uses_the_memory_that_the_kernel_would(self) -> None:
         if not self.recovered:
             assert self.pool.pages == self.model.pages
+            assert self.pages_compacted == self.model.pages_compacted
+
+    @invariant()
+    def statistics_equal_a_recount(self) -> None:
+        for stat in class_stats(self.pool):
+            size_class = self.pool.geometry.classes[stat.index]
+            arena = self.pool.arenas[size_class.pages - 1]
+            used = [arena.used[z] for z in range(len(arena)) if arena.size_class[z] == stat.index + 1]
+            groups = [fullness_group(count, size_class.objects) for count in used]
+            assert stat.groups == tuple(groups.count(group) for group in range(1, FULLNESS_GROUPS))
+            assert stat.obj_used == sum(used)
+            assert stat.obj_allocated == len(used) * size_class.objects
+            assert stat.pages_used == len(used) * size_class.pages
+            assert stat.freeable == (stat.obj_allocated - stat.obj_used) // size_class.objects * size_class.pages
 
     def teardown(self) -> None:
         del self.pool
@@ -226,23 +309,32 @@ def test_a_long_history_takes_the_same_objects_as_the_kernels_rules(chain_size: 
     generator = random.Random(chain_size)
     pool = make_pool({}, chain_size, rule_)
     model = ModelPool(chain_size, rule_)
-    places: dict[int, tuple[ModelZspage, int]] = {}
     handles: list[int] = []
+    pages_compacted = 0
     for step in range(30000):
         if len(handles) < OBJECTS and generator.random() < (0.7 if step % 6000 < 3000 else 0.3):
             length = min(PAGE_SIZE, int(generator.lognormvariate(6.5, 1)) + 1)
             handle = pool.malloc(length)
-            places[handle] = model.malloc(length)
+            model.malloc(handle, length)
             handles.append(handle)
-            word = pool.handle_region.words[handle]
-            assert word >> 1 & 0x7FFF == places[handle][1]
+            assert index_of(pool, handle) == model.places[handle][1]
         elif handles:
             index = generator.randrange(len(handles))
             handles[index], handles[-1] = handles[-1], handles[index]
             handle = handles.pop()
             pool.free(handle)
-            model.free(*places.pop(handle))
+            model.free(handle)
+        if step % 1500 == 1499:
+            pages_compacted += sum(compact(pool))
+            model.compact()
+            assert all(index_of(pool, handle) == model.places[handle][1] for handle in handles)
         assert pool.pages == model.pages
+    assert pages_compacted == model.pages_compacted > 20
+
+
+def index_of(pool: Pool, handle: int) -> int:
+    """Return which object of its zspage a handle's object is."""
+    return pool.handle_region.words[handle] >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK
 
 
 @pytest.mark.parametrize("length", [0, PAGE_SIZE + 1])

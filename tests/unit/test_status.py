@@ -11,7 +11,7 @@ from tests.nbd_bytes import receive_rest
 from tests.property.test_device import make_data, write
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
-from zramd.nbd.server import listen_unix
+from zramd.listeners import listen_unix
 from zramd.status.attributes import NAMES, Served
 from zramd.status.client import StatusError, ask
 from zramd.status.server import MAX_LINE, StatusServer
