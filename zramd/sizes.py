@@ -19,7 +19,10 @@ def parse_size(text: str) -> int:
     match = _HUMAN.fullmatch(text)
     if match is None or (match[3] and match[3].upper() == "B" and match[2]):
         raise ValueError(f"{text!r} is not a size: write bytes, or a number with K, M, G, T, KiB, MiB, GiB or TiB")
-    size = int(Decimal(match[1]) * (1 << _EXPONENTS[match[2].upper()]))
+    exact = Decimal(match[1]) * (1 << _EXPONENTS[match[2].upper()])
+    size = int(exact)
+    if exact and not size:
+        raise ValueError(f"{text!r} is less than a byte")
     return _check_range(size, text)
 
 

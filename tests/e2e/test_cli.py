@@ -394,7 +394,6 @@ def test_a_state_directory_that_is_not_private_is_refused(tmp_path: Path, kind: 
 # Options
 
 BAD_OPTIONS = [
-    (["serve", "--size", "0"], 2),
     (["serve", "--size", "-1"], 2),
     (["serve", "--size", "many"], 2),
     (["serve", "--size", "1X"], 2),
@@ -520,21 +519,21 @@ def test_set_changes_what_it_is_told_to(server: ServerProcess) -> None:
         sock.sendall(request(TRIM, 1, 0, 64 << 20))
         assert receive(sock, REPLY_BYTES) == reply(1)
     assert server.ask("mem_used_max") != "0\n"
-    done = zramd("set", "mem_limit=1M", "mem_used_max=0", "--status", server.status)
+    done = zramd("set", "mem_limit=1M", "mem_used_max=0", "--admin", server.admin)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert server.ask("mem_limit") == f"{1 << 20}\n"
     assert server.ask("mem_used_max") == "0\n"
 
 
-@pytest.mark.parametrize("assignment", ["mem_limit=some", "mem_used_max=1", "disksize=1", "nothing=1", "json=1"])
+@pytest.mark.parametrize("assignment", ["mem_limit=some", "mem_used_max=1", "initstate=1", "nothing=1", "json=1"])
 def test_set_refuses_with_one_line(server: ServerProcess, assignment: str) -> None:
     name = assignment.partition("=")[0]
-    assert_refused(zramd("set", assignment, "--status", server.status), 1, name if name != "mem_limit" else "some")
+    assert_refused(zramd("set", assignment, "--admin", server.admin), 1, name if name != "mem_limit" else "some")
 
 
 def test_status_shows_a_row_and_where_the_disk_is_served(server: ServerProcess) -> None:
     write_and_check(server.unix, 0)
-    zramd("set", "mem_limit=512M", "--status", server.status)
+    zramd("set", "mem_limit=512M", "--admin", server.admin)
     with connect(server.unix):
         done = zramd("status", "--status", server.status)
     assert (done.returncode, done.stderr) == (0, "")
@@ -558,7 +557,8 @@ def test_status_of_an_empty_disk_has_no_ratio(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("arguments", [["status"], ["stat", "mm_stat"], ["set", "mem_limit=0"]])
 def test_without_a_server_at_the_socket_a_verb_says_so(tmp_path: Path, arguments: list[str]) -> None:
-    assert_refused(zramd(*arguments, "--status", tmp_path / "nobody"), 1, str(tmp_path / "nobody"))
+    option = "--admin" if arguments[0] == "set" else "--status"
+    assert_refused(zramd(*arguments, option, tmp_path / "nobody"), 1, str(tmp_path / "nobody"))
 
 
 # Users without privileges

@@ -9,25 +9,31 @@ import pytest
 
 from tests.nbd_bytes import receive_rest
 from tests.property.test_device import make_data, write
+from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import listen_unix
 from zramd.status.attributes import NAMES, Served
 from zramd.status.client import StatusError, ask
-from zramd.status.server import MAX_LINE, StatusServer
+from zramd.status.control import WORDS
+from zramd.status.server import MAX_LINE, AdminServer, StatusServer
 
 SIZE = 64 << 20
 
 
 @pytest.fixture
 def path(tmp_path: Path, opened: OpenDevice) -> Iterator[Path]:
-    """Return the status socket of a device."""
-    path = tmp_path / "status"
-    served = Served("zram7", opened.device, ("nbd+unix:///?socket=/a", "nbd://localhost:1"), lambda: 3)
-    server = StatusServer(listen_unix(path), served)
-    server.start()
+    """Return the admin socket of a device, beside which lies its status socket."""
+    disk = Disk("zram7", None)
+    disk.opened = opened
+    path = tmp_path / "admin"
+    served = Served(disk, ("nbd+unix:///?socket=/a", "nbd://localhost:1"), lambda: 3, path)
+    status, admin = StatusServer(served), AdminServer(served)
+    status.accept_on(listen_unix(tmp_path / "status"))
+    admin.accept_on(listen_unix(path))
     yield path
-    server.stop()
+    assert status.stop(10)
+    assert admin.stop(10)
 
 
 def connect(path: Path) -> socket.socket:
@@ -128,7 +134,7 @@ def test_json_is_one_line_with_everything(path: Path, opened: OpenDevice) -> Non
 def test_each_answer_is_followed_by_a_blank_line(path: Path, name: str) -> None:
     answer = converse(path, f"{name}\n".encode())
     assert answer.endswith("\n\n")
-    assert answer.count("\n") == 2
+    assert answer.count("\n") == {"classes": 123, "codecs": 4, "debug_stat": 3}.get(name, 2)
 
 
 def test_a_connection_may_ask_many_times(path: Path) -> None:
@@ -158,7 +164,7 @@ def test_a_request_may_be_written_by_hand(path: Path, request_line: bytes) -> No
     assert converse(path, request_line) == "67108864\n\n"
 
 
-@pytest.mark.parametrize("name", [b"nothing", b"MM_STAT", b"mm_stat\t0", b"..", b"\xff\xfe", b"\0", b"nothing 5"])
+@pytest.mark.parametrize("name", [b"nothing", b"MM_STAT", b"mm_stat\t0", b"..", b"\xff\xfe", b"\0"])
 def test_an_unknown_name_is_answered_with_the_names_there_are_and_the_connection_stays(path: Path, name: bytes) -> None:
     error, blank, *rest = converse(path, name + b"\ndisksize\n").split("\n")
     assert error.startswith("error: EINVAL ")
@@ -253,7 +259,7 @@ def test_mem_used_max_is_reset_to_the_current_use(path: Path, opened: OpenDevice
     assert ask(path, "mem_used_max") == "0\n"
 
 
-@pytest.mark.parametrize("value", ["1", "00", "-0", "none", "0K"])
+@pytest.mark.parametrize("value", ["1", "-0", "none", "0K"])
 def test_mem_used_max_takes_only_0(path: Path, opened: OpenDevice, value: str) -> None:
     fill(opened)
     before = ask(path, "mem_used_max")
@@ -261,12 +267,20 @@ def test_mem_used_max_takes_only_0(path: Path, opened: OpenDevice, value: str) -
     assert ask(path, "mem_used_max") == before
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("mem_limit", "mem_used_max")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WORDS])
 def test_what_cannot_be_written_is_refused_and_the_connection_stays(path: Path, name: str) -> None:
     error, blank, *rest = converse(path, f"{name} 1\ninitstate\n".encode()).split("\n")
     assert error.startswith("error: EACCES ")
     assert name in error
     assert [blank, *rest] == ["", "1", "", ""]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_status_socket_changes_nothing(path: Path, word: str) -> None:
+    before = ask(path, "json")
+    answer = converse(path.with_name("status"), f"{word} 1\ninitstate\n".encode())
+    assert answer == f"error: EACCES this socket is for reading; changes go to {path}\n\n1\n\n"
+    assert ask(path, "json") == before
 
 
 # The client
