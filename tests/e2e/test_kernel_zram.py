@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -32,6 +33,18 @@ def kernel_zram() -> Iterator[Path]:
         yield sysfs
     finally:
         (CONTROL / "hot_remove").write_text(number)
+
+
+@pytest.mark.usefixtures("kernel_zram")
+def test_random_histories_give_the_same_counters_at_every_step() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "compare_kernel.py"
+    for kind, steps in (("exact", 40_000), ("files", 8_000)):
+        done = subprocess.run(
+            [sys.executable, script, "--kinds", kind, "--steps", str(steps), "--seeds", "4"],
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture
