@@ -107,6 +107,7 @@ class Connections:
         self._listeners: list[socket.socket] = []
         self._threads: dict[socket.socket, threading.Thread] = {}
         self._stopping = False
+        self._refused = False
 
     def __len__(self) -> int:
         """Return how many are connected."""
@@ -136,8 +137,11 @@ class Connections:
                     sock.close()
                     return
                 if len(self._threads) >= self._most:
-                    log.warning("more than %d connections (%s): one refused", self._most, self._kind)
                     sock.close()
+                    # Once: who may connect must not be able to fill the log.
+                    if not self._refused:
+                        log.warning("more than %d connections (%s): the rest are refused", self._most, self._kind)
+                    self._refused = True
                     continue
                 try:
                     thread.start()

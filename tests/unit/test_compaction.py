@@ -128,6 +128,6 @@ def test_a_device_that_goes_away_ends_its_compaction(opened: OpenDevice, monkeyp
     device = opened.device
     fragment(device, random.Random(4))
     monkeypatch.setattr(slices, "SLICE_SECONDS", 0)
-    monkeypatch.setattr("zramd.device.slices.time.sleep", lambda _: setattr(device, "retired", True))
+    monkeypatch.setattr("zramd.device.slices.time.sleep", lambda _: opened.destroy())
     device.compact()
     assert sum(stat.freeable for stat in device.class_stats()) > 0

@@ -97,7 +97,8 @@ class Device:
         self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._save_counters()
+        if not self.retired:
+            self._save_counters()
         self.lock.release()
 
     def stream(self, buffer: bytearray) -> Stream:
