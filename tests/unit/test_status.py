@@ -1,5 +1,9 @@
 import json
+import os
 import socket
+import stat
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -281,6 +285,38 @@ def test_the_status_socket_changes_nothing(path: Path, word: str) -> None:
     answer = converse(path.with_name("status"), f"{word} 1\ninitstate\n".encode())
     assert answer == f"error: EACCES this socket is for reading; changes go to {path}\n\n1\n\n"
     assert ask(path, "json") == before
+
+
+def test_idle_readers_do_not_keep_the_owner_from_a_change(path: Path) -> None:
+    idle = [connect(path.with_name("status")) for _ in range(40)]
+    try:
+        assert ask(path, "mem_limit 1M") == ""
+    finally:
+        for sock in idle:
+            sock.close()
+
+
+def test_only_the_owner_and_root_may_change_whatever_the_mode_of_the_socket(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    path.chmod(0o666)
+    for directory in path.parents:
+        if directory.stat().st_uid == 0 and not directory.stat().st_mode & 1:
+            directory.chmod(0o711)
+    script = (
+        "import os, socket, sys; os.setgid(65534); os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+        "s.connect(sys.argv[1]); s.sendall(b'mem_limit 1M\\n'); print(s.makefile().read(), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    assert done.stdout == "error: EACCES only the owner of the server, user 0, may\n\n", done.stderr
+    assert ask(path, "mem_limit") == "0\n"
+
+
+def test_a_status_socket_may_be_for_a_group(tmp_path: Path) -> None:
+    path = tmp_path / "for-a-group"
+    listen_unix(path, os.getegid()).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.stat().st_gid == os.getegid()
 
 
 # The client

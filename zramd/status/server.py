@@ -91,6 +91,8 @@ class AdminServer(StatusServer):
         if uid not in (0, os.geteuid()):
             log.warning("user %d may not change the disk", uid)
             sock.settimeout(SEND_SECONDS)
+            # To close with a request unread would reset the connection, and the answer with it.
+            sock.recv(MAX_LINE)
             sock.sendall(f"error: EACCES only the owner of the server, user {os.geteuid()}, may\n\n".encode())
             return
         super()._answer_lines(sock)
