@@ -1,27 +1,28 @@
-"""The daemon: one device, its NBD server and its status socket, from start to signal."""
+"""The daemon: its disks, their NBD server and their status sockets, from start to signal."""
 
-import contextlib
 import gc
 import logging
+import os
 import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
 from urllib.parse import quote
 
+from zramd.activation import activated, standard_input
 from zramd.attach.kernel import has_nbd
 from zramd.device.codecs import Parameters
 from zramd.device.disk import Disk
-from zramd.device.opening import Wanted
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
-from zramd.listeners import ListenError, listen_tcp, listen_unix
+from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
 from zramd.memory import NoMemoryError, RegionError
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.server import Server
-from zramd.paths import DEVICE_NAME
+from zramd.nbd.tls import TlsError, TlsMode, make_context
+from zramd.paths import make_runtime_directory
+from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
 from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
@@ -37,26 +38,8 @@ class DaemonError(Exception):
     """The daemon cannot start; the text is one line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What to serve and where.
-
-    A disksize of 0 leaves the disk uninitialised. `mem_limit` None is as the kept state says. `state` None keeps
-    nothing. `group` is the gid that may read the status socket.
-    """
-
-    wanted: Wanted
-    mem_limit: int | None
-    state: Path | None
-    unix: Path | None
-    tcp: tuple[str, int] | None
-    status: Path
-    admin: Path
-    group: int | None
-
-
 def run(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM, or with `stdio` until the client has left.
 
     Raises:
         DaemonError: the daemon could not start.
@@ -67,23 +50,161 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     threading.stack_size(STACK_BYTES)
     try:
-        disk = _open_disk(settings)
-        with _serving(settings, disk) as served:
-            for line in _introduction(settings, served):
+        with ExitStack() as sockets:
+            daemon = _Daemon(settings, sockets)
+            for line in daemon.introduction():
                 announce(line)
             gc.collect()
             gc.freeze()
             signal.sigwait(stop_signals)
-        if settings.state is not None and disk.leave():
-            announce(f"stopped; the contents stay in {settings.state} until it is removed or the machine restarts")
-    except (StateError, NoMemoryError, RegionError, ListenError) as error:
+        for disk, kept in zip(daemon.disks, settings.disks, strict=True):
+            if kept.state is not None and disk.leave():
+                announce(f"stopped; the contents stay in {kept.state} until it is removed or the machine restarts")
+    except (StateError, NoMemoryError, RegionError, ListenError, TlsError) as error:
         raise DaemonError(str(error)) from error
 
 
-def _open_disk(settings: Settings) -> Disk:
+class _Daemon:
+    """What runs; `sockets` ends it."""
+
+    def __init__(self, settings: Settings, sockets: ExitStack) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        tls = settings.tls
+        context = None if tls.mode is TlsMode.OFF else make_context(tls)
+        given = activated()
+        self._named = dict(reversed(given))
+        client = standard_input() if settings.stdio else None
+        names = {name for disk in settings.disks for name in _socket_names(settings, disk)}
+        listeners = [listener for name, listener in given if name not in names]
+        self._unix, self._activated = settings.unix, tuple(listeners)
+        if not (self._unix or settings.tcp or listeners or settings.stdio):
+            self._unix = (UnixAddress(make_runtime_directory() / f"{settings.disks[0].name}.nbd"),)
+        # Whoever is refused here has not yet touched the disks.
+        for address in self._unix:
+            listeners.append(listen_unix(address.path, address.mode, address.owner, address.group))
+            sockets.callback(address.path.unlink, missing_ok=True)
+        for host, port in settings.tcp:
+            listeners += listen_tcp(host, port)
+        for sock in (*listeners, *([client] if client else ())):
+            _require_private(settings, is_public(sock))
+        self.disks = [_open_disk(disk) for disk in settings.disks]
+        exports = [
+            Export(disk.name, chosen.description, disk, chosen.read_only)
+            for disk, chosen in zip(self.disks, settings.disks, strict=True)
+        ]
+        server = Server(Exports(exports), settings.limits, settings.access, tls.mode, context)
+        for disk, chosen in zip(self.disks, settings.disks, strict=True):
+            self._serve_attributes(disk, chosen)
+        sockets.callback(_stop, server)
+        for listener in listeners:
+            server.accept_on(listener)
+        if client is not None:
+            server.adopt(client, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def _serve_attributes(self, disk: Disk, chosen: DiskSettings) -> None:
+        """Open the status and the admin socket of a disk, unless they are among those of socket activation."""
+        if chosen.status is None or chosen.admin is None:
+            return
+        served = Served(disk, self._uris(disk), chosen.admin)
+        status_name, admin_name = _socket_names(self._settings, chosen)
+        reading = self._named.get(status_name)
+        if reading is None:
+            group = -1 if chosen.group is None else chosen.group
+            reading = listen_unix(chosen.status, 0o600 if chosen.group is None else 0o660, group=group)
+            self._sockets.callback(chosen.status.unlink, missing_ok=True)
+        changing = self._named.get(admin_name)
+        if changing is None:
+            changing = listen_unix(chosen.admin)
+            self._sockets.callback(chosen.admin.unlink, missing_ok=True)
+        status, admin = StatusServer(served), AdminServer(served)
+        status.accept_on(reading, READ_PAUSE)
+        admin.accept_on(changing)
+        self._sockets.callback(status.stop, 0)
+        self._sockets.callback(admin.stop, 0)
+
+    def _uris(self, disk: Disk) -> tuple[str, ...]:
+        name = "" if disk.name == self._settings.disks[0].name else disk.name
+        scheme = "nbds" if self._settings.tls.mode is TlsMode.REQUIRE else "nbd"
+        unix = [f"{scheme}+unix:///{name}?socket={quote(str(address.path))}" for address in self._unix]
+        tcp = [f"{scheme}://{_authority(host, port)}{name and '/' + name}" for host, port in self._settings.tcp]
+        return (*unix, *tcp)
+
+    def introduction(self) -> Iterator[str]:
+        """Yield what there is to say to who started the daemon."""
+        for disk, chosen in zip(self.disks, self._settings.disks, strict=True):
+            opened = disk.opened
+            where = "a memfd (volatile)" if chosen.state is None else str(chosen.state)
+            if opened is None:
+                yield f"{disk.name}: not initialised; zramd set disksize=SIZE does that, regions in {where}"
+            else:
+                identity = opened.device.identity
+                yield (
+                    f"{disk.name}: {format_size(identity.disksize)}, {identity.codec.name} level "
+                    f"{identity.codec.level}, chain size {identity.chain_size}, regions in {where}"
+                )
+                if opened.recovered:
+                    stored = opened.device.mm_stat().orig_data_size
+                    yield f"recovered: {format_size(stored)} of data that an earlier run left"
+            for uri in self._uris(disk):
+                yield f"NBD URI: {uri}"
+        if self._activated:
+            yield f"NBD on {len(self._activated)} sockets of LISTEN_FDS"
+        yield from self._advice()
+
+    def _advice(self) -> Iterator[str]:
+        first = self._settings.disks[0]
+        command = self._attach_command()
+        if command:
+            yield f"attach:  {command}"
+        if first.status is not None:
+            yield f"status:  zramd status --status {first.status}"
+
+    def _attach_command(self) -> str | None:
+        """Return what a user may paste to get a block device: by the kernel's NBD client, or by nbdfuse and loop."""
+        if self._settings.tls.mode is TlsMode.REQUIRE or not (self._unix or self._settings.tcp):
+            return None
+        if has_nbd():
+            if self._unix:
+                return f"nbd-client -unix {shlex.quote(str(self._unix[0].path))} /dev/nbd0 -b {PAGE_SIZE}"
+            host, port = self._settings.tcp[0]
+            return f"nbd-client {host} {port} /dev/nbd0 -b {PAGE_SIZE}"
+        place = self._unix[0].path if self._unix else make_runtime_directory() / self.disks[0].name
+        directory = shlex.quote(str(place.with_suffix(".mnt")))
+        return (
+            f"mkdir -p {directory}; nbdfuse {directory}/nbd '{self._uris(self.disks[0])[0]}' & "
+            f"sleep 1; losetup --find --show --direct-io=on --sector-size={PAGE_SIZE} {directory}/nbd"
+        )
+
+
+def _socket_names(settings: Settings, disk: DiskSettings) -> tuple[str, str]:
+    """Return the names, in socket activation, of a disk's status and admin sockets: zram0.status; or just status."""
+    prefix = "" if len(settings.disks) == 1 else f"{disk.name}."
+    return f"{prefix}status", f"{prefix}admin"
+
+
+def _require_private(settings: Settings, public: bool) -> None:
+    """Refuse to show memory to a network.
+
+    Raises:
+        DaemonError: it would, and nobody has allowed it.
+    """
+    if public and settings.tls.mode is not TlsMode.REQUIRE and not settings.public:
+        raise DaemonError(
+            "an address that is not loopback would show the memory of this machine's processes to the network: "
+            "require TLS, or set plain-tcp-beyond-loopback = true in [server]"
+        )
+
+
+def _stop(server: Server) -> None:
+    if not server.stop(STOP_SECONDS):
+        log.warning("a client did not take its replies in time and was cut off")
+
+
+def _open_disk(settings: DiskSettings) -> Disk:
     """Make the disk, and find its device in kept regions or initialise it unless it is to have no size yet."""
     wanted = settings.wanted
-    disk = Disk(DEVICE_NAME, settings.state, wanted.chain_size)
+    disk = Disk(settings.name, settings.state, wanted.chain_size)
     if wanted.disksize != 0:
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
         disk.open(wanted)
@@ -95,73 +216,5 @@ def _open_disk(settings: Settings) -> Disk:
     return disk
 
 
-@contextlib.contextmanager
-def _serving(settings: Settings, disk: Disk) -> Iterator[Served]:
-    server = Server(Exports([Export(disk.name, "zramd compressed memory", disk)]))
-    served = Served(disk, _uris(settings), lambda: len(server), settings.admin)
-    with contextlib.ExitStack() as sockets:
-        listeners = []
-        if settings.unix is not None:
-            listeners.append(listen_unix(settings.unix))
-            sockets.callback(settings.unix.unlink, missing_ok=True)
-        if settings.tcp is not None:
-            listeners.append(listen_tcp(*settings.tcp))
-        status, admin = StatusServer(served), AdminServer(served)
-        reading = listen_unix(settings.status, settings.group)
-        sockets.callback(settings.status.unlink, missing_ok=True)
-        changing = listen_unix(settings.admin)
-        sockets.callback(settings.admin.unlink, missing_ok=True)
-        for listener in listeners:
-            server.accept_on(listener)
-        status.accept_on(reading, READ_PAUSE)
-        admin.accept_on(changing)
-        try:
-            yield served
-        finally:
-            status.stop(0)
-            admin.stop(0)
-            if not server.stop(STOP_SECONDS):
-                log.warning("a client did not take its replies in time and was cut off")
-
-
-def _uris(settings: Settings) -> tuple[str, ...]:
-    uris = []
-    if settings.unix is not None:
-        uris.append(f"nbd+unix:///?socket={quote(str(settings.unix))}")
-    if settings.tcp is not None:
-        host, port = settings.tcp
-        uris.append(f"nbd://[{host}]:{port}" if ":" in host else f"nbd://{host or 'localhost'}:{port}")
-    return tuple(uris)
-
-
-def _introduction(settings: Settings, served: Served) -> Iterator[str]:
-    opened = served.disk.opened
-    where = "a memfd (volatile)" if settings.state is None else str(settings.state)
-    if opened is None:
-        yield f"{served.disk.name}: not initialised; zramd set disksize=SIZE does that, regions in {where}"
-    else:
-        identity = opened.device.identity
-        yield (
-            f"{served.disk.name}: {format_size(identity.disksize)}, {identity.codec.name} level "
-            f"{identity.codec.level}, chain size {identity.chain_size}, regions in {where}"
-        )
-        if opened.recovered:
-            stored = opened.device.mm_stat().orig_data_size
-            yield f"recovered: {format_size(stored)} of data that an earlier run left"
-    for uri in served.uris:
-        yield f"NBD URI: {uri}"
-    yield f"attach:  {_attach_command(settings)}"
-    yield f"status:  zramd status --status {settings.status}"
-
-
-def _attach_command(settings: Settings) -> str:
-    """Return what a user may paste to get a block device: by the kernel's NBD client, or by nbdfuse and loop."""
-    uri = _uris(settings)[0]
-    if has_nbd():
-        target = f"-unix {shlex.quote(str(settings.unix))}" if settings.unix else "{} {}".format(*settings.tcp or ())
-        return f"nbd-client {target} /dev/nbd0 -b {PAGE_SIZE}"
-    directory = shlex.quote(str(settings.status.with_suffix(".mnt")))
-    return (
-        f"mkdir -p {directory}; nbdfuse {directory}/nbd '{uri}' & "
-        f"sleep 1; losetup --find --show --direct-io=on --sector-size={PAGE_SIZE} {directory}/nbd"
-    )
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host or 'localhost'}:{port}"

@@ -1,9 +1,11 @@
 """Listening sockets, and the connections that come in on them: a thread accepts on each, one serves each connection."""
 
 import errno
+import ipaddress
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 import traceback
@@ -12,6 +14,11 @@ from pathlib import Path
 
 MAX_UNIX_PATH = 107
 """Bytes in the path of a Unix socket: sun_path without its NUL."""
+BACKLOG = 128
+"""Clients that wait to be accepted."""
+
+_PEER = struct.Struct("3i")
+"""Linux's struct ucred: pid, uid, gid."""
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +27,10 @@ class ListenError(Exception):
     """An address cannot be listened on."""
 
 
-def listen_unix(path: Path, group: int | None = None) -> socket.socket:
-    """Listen on a Unix socket that only its owner may use, and the members of a group (by gid) if one is given.
+def listen_unix(path: Path, mode: int = 0o600, owner: int = -1, group: int = -1) -> socket.socket:
+    """Listen on a Unix socket of this mode, owner (uid) and group (gid); -1 is this process's own.
 
-    The socket of a server that has died is taken over.
+    Who can write to it can connect. The socket of a server that has died is taken over.
 
     Raises:
         ListenError: the path is taken or cannot be used.
@@ -39,10 +46,9 @@ def listen_unix(path: Path, group: int | None = None) -> socket.socket:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         sock.bind(str(unnamed))
         try:
-            if group is not None:
-                os.chown(unnamed, -1, group)
-                os.chmod(unnamed, 0o660)
-            sock.listen(128)
+            os.chown(unnamed, owner, group)
+            os.chmod(unnamed, mode)
+            sock.listen(BACKLOG)
             if _is_stale(path):
                 path.unlink()
             os.link(unnamed, path)
@@ -69,27 +75,59 @@ def _is_stale(path: Path) -> bool:
     return False
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """Listen on a TCP address.
+def listen_tcp(host: str, port: int) -> list[socket.socket]:
+    """Listen on all TCP addresses of a host, IPv4 and IPv6; without a host, on all of this machine.
 
     Raises:
-        ListenError: the address cannot be used.
+        ListenError: an address cannot be used.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ListenError(f"cannot listen on {host}:{port}: it is not the address of a host") from error
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return sock
+    socks: list[socket.socket] = []
+    reason = "it has no address"
+    for family, kind, protocol, _, address in found:
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:
+            # A machine without IPv6 may still have names with IPv6 addresses.
+            reason = str(error.strerror)
+            continue
+        socks.append(sock)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+                socks.pop().close()
+                reason = str(error.strerror)
+                continue
+            for sock in socks:
+                sock.close()
+            raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    if not socks:
+        raise ListenError(f"cannot listen on {host}:{port}: {reason}")
+    return socks
+
+
+def peer_ids(sock: socket.socket) -> tuple[int, int]:
+    """Return the uid and gid with which the peer of a Unix socket connected."""
+    _, uid, gid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return uid, gid
+
+
+def is_public(sock: socket.socket) -> bool:
+    """Say whether a socket has an address that other machines may reach."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    address = ipaddress.ip_address(sock.getsockname()[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    return not address.is_loopback
 
 
 class Connections:
@@ -130,30 +168,37 @@ class Connections:
                 # Out of descriptors or memory: what is connected goes on, and the next try comes a little later.
                 time.sleep(0.1)
                 continue
-            thread = threading.Thread(target=self._run, args=(sock,), name=self._kind, daemon=True)
-            # Started under the lock: stop() then finds only threads that it can wait for.
-            with self._lock:
-                if self._stopping:
-                    sock.close()
-                    return
-                if len(self._threads) >= self._most:
-                    sock.close()
-                    # Once: who may connect must not be able to fill the log.
-                    if not self._refused:
-                        log.warning("more than %d connections (%s): the rest are refused", self._most, self._kind)
-                    self._refused = True
-                    continue
+            self.adopt(sock)
+            if pause:
+                time.sleep(pause)
+
+    def adopt(self, sock: socket.socket, at_end: Callable[[], None] = lambda: None) -> None:
+        """Serve a connected socket in a thread of its own, which calls `at_end` last. If that cannot be, close it."""
+        thread = threading.Thread(target=self._run, args=(sock, at_end), name=self._kind, daemon=True)
+        # Started under the lock: stop() then finds only threads that it can wait for.
+        with self._lock:
+            if self._stopping:
+                sock.close()
+            elif len(self._threads) >= self._most:
+                sock.close()
+                # Once: who may connect must not be able to fill the log.
+                if not self._refused:
+                    log.warning("more than %d connections (%s): the rest are refused", self._most, self._kind)
+                self._refused = True
+            else:
                 try:
                     thread.start()
                 except RuntimeError as error:
                     log.warning("cannot serve a connection (%s): %s", self._kind, error)
                     sock.close()
-                    continue
-                self._threads[sock] = thread
-            if pause:
-                time.sleep(pause)
+                else:
+                    self._threads[sock] = thread
 
-    def _run(self, sock: socket.socket) -> None:
+    def is_stopping(self) -> bool:
+        """Say whether stop() has been called."""
+        return self._stopping
+
+    def _run(self, sock: socket.socket, at_end: Callable[[], None]) -> None:
         try:
             self._serve(sock)
         except OSError as error:
@@ -164,6 +209,7 @@ class Connections:
             with self._lock:
                 self._threads.pop(sock, None)
             sock.close()
+            at_end()
 
     def stop(self, seconds: float) -> bool:
         """Stop listening, let each connection answer what it has received, and wait up to `seconds` for that.

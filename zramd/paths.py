@@ -40,18 +40,18 @@ def make_runtime_directory() -> Path:
     return runtime
 
 
-def state_directory() -> Path:
-    """Return the directory for the regions: in the runtime directory if that is in memory, else under /dev/shm.
+def state_directory(name: str) -> Path:
+    """Return the directory for a disk's regions: in the runtime directory if that is in memory, else under /dev/shm.
 
     Raises:
         OSError: neither can be used.
     """
     runtime = make_runtime_directory()
     if is_memory_backed(runtime):
-        return runtime / DEVICE_NAME
+        return runtime / name
     shared = _shared_memory_directory()
     private_directory(shared)
-    return shared / DEVICE_NAME
+    return shared / name
 
 
 def private_directory(path: Path) -> None:

@@ -51,8 +51,8 @@ def test_every_command_that_is_served_is_advertised_and_nothing_else(disk: Any) 
     assert disk.can_multi_conn()
     assert not disk.is_read_only()
     assert not disk.is_rotational()
-    assert not disk.can_df()
-    assert not disk.can_fast_zero()
+    assert disk.can_df()
+    assert disk.can_fast_zero()
 
 
 @pytest.mark.parametrize("name", ["", "zram0"])
@@ -127,7 +127,8 @@ def test_requests_that_the_client_would_have_refused_are_refused(disk: Any) -> N
         (lambda: disk.trim(PAGE, SIZE), errno.EINVAL),
         (lambda: disk.cache(PAGE, SIZE), errno.EINVAL),
         (lambda: disk.zero(PAGE, SIZE - 1), errno.ENOSPC),
-        (lambda: disk.zero(PAGE, 0, nbd.CMD_FLAG_FAST_ZERO), errno.EINVAL),
+        (lambda: disk.zero(PAGE - 1, 0, nbd.CMD_FLAG_FAST_ZERO), errno.ENOTSUP),
+        (lambda: disk.trim(PAGE, 0, nbd.CMD_FLAG_DF), errno.EINVAL),
         (lambda: disk.pread(PAGE, 2**63 - PAGE), errno.EINVAL),
     ]
     for call, code in refused:

@@ -26,7 +26,7 @@ class Words:
 
     def __init__(self, directory: Path) -> None:
         self.disk = Disk("zram3", directory)
-        self._served = Served(self.disk, (), lambda: 0, Path("/admin"))
+        self._served = Served(self.disk, (), Path("/admin"))
 
     def set(self, *assignments: str) -> None:
         for assignment in assignments:

@@ -10,7 +10,7 @@ from tests.nbd_bytes import DISC, TRIM, request, wait_until_taken, write_request
 from tests.property.test_device import make_data, read, write
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
-from zramd.nbd.handshake import ClientLeftError
+from zramd.nbd.protocol import ClientLeftError
 from zramd.nbd.transmission import Transmission
 
 OLD = make_data("text", 1, 1 << 20)

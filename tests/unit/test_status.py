@@ -31,7 +31,7 @@ def path(tmp_path: Path, opened: OpenDevice) -> Iterator[Path]:
     disk = Disk("zram7", None)
     disk.opened = opened
     path = tmp_path / "admin"
-    served = Served(disk, ("nbd+unix:///?socket=/a", "nbd://localhost:1"), lambda: 3, path)
+    served = Served(disk, ("nbd+unix:///?socket=/a", "nbd://localhost:1"), path)
     status, admin = StatusServer(served), AdminServer(served)
     status.accept_on(listen_unix(tmp_path / "status"))
     admin.accept_on(listen_unix(path))
@@ -123,7 +123,7 @@ def test_json_is_one_line_with_everything(path: Path, opened: OpenDevice) -> Non
     facts = json.loads(text)
     assert facts["name"] == "zram7"
     assert facts["uris"] == ["nbd+unix:///?socket=/a", "nbd://localhost:1"]
-    assert facts["connections"] == 3
+    assert facts["connections"] == 0
     assert (facts["disksize"], facts["comp_algorithm"], facts["level"]) == (SIZE, "lz4", 1)
     assert uuid.UUID(facts["uuid"]) == opened.device.identity.uuid
     for name in ("mm_stat", "io_stat"):
@@ -314,7 +314,7 @@ def test_only_the_owner_and_root_may_change_whatever_the_mode_of_the_socket(path
 
 def test_a_status_socket_may_be_for_a_group(tmp_path: Path) -> None:
     path = tmp_path / "for-a-group"
-    listen_unix(path, os.getegid()).close()
+    listen_unix(path, 0o660, group=os.getegid()).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
     assert path.stat().st_gid == os.getegid()
 

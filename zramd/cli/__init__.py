@@ -19,10 +19,10 @@ _VERBS = {
 class _Verbs(click.Group):
     """Imports a verb when it is used: a client verb starts without the codecs and the server."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
         module, name = _VERBS[cmd_name].split(":")

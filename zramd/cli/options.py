@@ -1,6 +1,5 @@
 """Option types that several verbs use, and the option that every client verb has."""
 
-import grp
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,32 +23,6 @@ class Parsed(click.ParamType[Value]):
             return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Return (host, port) of HOST:PORT; an IPv6 host stands in brackets.
-
-    Raises:
-        ValueError: it is not an address.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not HOST:PORT, as in localhost:10809 or [::1]:10809")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def parse_group(text: str) -> int:
-    """Return the gid of a group by name or number.
-
-    Raises:
-        ValueError: there is no such group.
-    """
-    if text.isdecimal():
-        return int(text)
-    try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
-        raise ValueError(f"there is no group {text!r}") from None
 
 
 def status_option(command: Command) -> Command:

@@ -2,15 +2,19 @@
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
-from zramd.cli.options import Parsed, parse_address, parse_group
-from zramd.daemon import DaemonError, Settings, run
+from zramd.cli.options import Parsed
+from zramd.config import ConfigError, find_group, load, parse_address
+from zramd.daemon import DaemonError, run
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
+from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
+from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
@@ -18,6 +22,11 @@ SIZE = Parsed("size", parse_size)
 
 
 @click.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="File with all of this, and more: several disks, access, limits. Excludes the other options but --stdio.",
+)
 @click.option(
     "--size", type=SIZE, help="Size of the disk: bytes, or with K, M, G, T. 0: set later as disksize. Default: 1G."
 )
@@ -30,10 +39,13 @@ SIZE = Parsed("size", parse_size)
 @click.option(
     "--tcp",
     type=Parsed("host:port", parse_address),
-    help="TCP address to listen on instead of a Unix socket, or beside it.",
+    help="TCP address to listen on instead of a Unix socket, or beside it. Not beyond loopback without TLS.",
 )
+@click.option("--stdio", is_flag=True, help="Serve the one client on standard input, keep nothing, and end with it.")
+@click.option("--tls", type=click.Path(path_type=Path), help="Require TLS, with the certificates in this directory.")
+@click.option("--read-only", is_flag=True, help="Let clients change nothing.")
 @click.option("--status", type=click.Path(path_type=Path), help="Socket to listen on for those who read attributes.")
-@click.option("--status-group", type=Parsed("group", parse_group), help="Group that may read. Default: only you.")
+@click.option("--status-group", type=Parsed("group", find_group), help="Group that may read. Default: only you.")
 @click.option(
     "--admin", type=click.Path(path_type=Path), help="Socket for changes. Default: as --status, but ending in .admin."
 )
@@ -45,11 +57,17 @@ SIZE = Parsed("size", parse_size)
     type=click.IntRange(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE),
     help=f"Most pages in a zspage. Default: {DEFAULT_CHAIN_SIZE}.",
 )
+@click.pass_context
 def serve(
+    context: click.Context,
+    config: Path | None,
     size: int | None,
     algorithm: Codec | None,
     unix: Path | None,
     tcp: tuple[str, int] | None,
+    stdio: bool,
+    tls: Path | None,
+    read_only: bool,
     status: Path | None,
     status_group: int | None,
     admin: Path | None,
@@ -62,36 +80,54 @@ def serve(
 
     Without options: 1 GiB, lz4, with its sockets and its memory in your runtime directory (/run/zramd for root,
     $XDG_RUNTIME_DIR/zramd for others; the memory goes to /dev/shm where that is not a tmpfs). What was written is
-    there again when the server is started anew, until the machine restarts; --volatile keeps nothing.
+    there again when the server is started anew, until the machine restarts; --volatile keeps nothing. Sockets that
+    systemd has opened (LISTEN_FDS) are served too, and then no other by default.
 
     \b
     Example:
       zramd serve --size 4G --algorithm 'zstd(level=3)' --mem-limit 1G
+      zramd serve --config /etc/zramd/zramd.toml
     """
     if state is not None and volatile:
         raise click.UsageError("--state and --volatile exclude each other")
     logging.basicConfig(level=logging.WARNING, format="zramd: %(message)s", stream=sys.stderr)
     try:
-        if unix is None and tcp is None:
-            unix = make_runtime_directory() / f"{DEVICE_NAME}.nbd"
-        if status is None:
-            status = make_runtime_directory() / f"{DEVICE_NAME}{STATUS_SUFFIX}"
-        if state is None and not volatile:
-            state = state_directory()
-        run(
-            Settings(
-                wanted=Wanted(size, algorithm, chain_size),
-                mem_limit=mem_limit,
-                state=state,
-                unix=unix,
-                tcp=tcp,
-                status=status,
-                admin=admin or status.with_suffix(ADMIN_SUFFIX),
-                group=status_group,
-            ),
-            click.echo,
-        )
-    except DaemonError as error:
+        if config is not None:
+            _require_alone(context)
+            settings = load(config, stdio=stdio)
+        else:
+            if state is None and not volatile and not stdio:
+                state = state_directory(DEVICE_NAME)
+            if status is None and not stdio:
+                status = make_runtime_directory() / f"{DEVICE_NAME}{STATUS_SUFFIX}"
+            settings = Settings(
+                disks=(
+                    DiskSettings(
+                        name=DEVICE_NAME,
+                        wanted=Wanted(size, algorithm, chain_size),
+                        mem_limit=mem_limit,
+                        state=state,
+                        status=status,
+                        admin=admin or (status.with_suffix(ADMIN_SUFFIX) if status else None),
+                        group=status_group,
+                        read_only=read_only,
+                    ),
+                ),
+                unix=(UnixAddress(unix),) if unix else (),
+                tcp=(tcp,) if tcp else (),
+                stdio=stdio,
+                tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),
+            )
+        run(settings, partial(click.echo, err=stdio))
+    except (ConfigError, DaemonError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(str(error) if error.filename else error.strerror or str(error)) from error
+
+
+def _require_alone(context: click.Context) -> None:
+    given = {
+        name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    for name in sorted(given - {"config", "stdio"}):
+        raise click.UsageError(f"--{name.replace('_', '-')} and --config exclude each other: write it into the file")

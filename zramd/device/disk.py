@@ -75,6 +75,11 @@ class Disk:
         return True
 
     @property
+    def clients(self) -> int:
+        """How many are connected."""
+        return len(self._clients)
+
+    @property
     def disksize(self) -> int:
         """Bytes; 0 if the disk is uninitialised."""
         opened = self.opened

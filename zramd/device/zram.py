@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from zramd.device.codecs import CodecError
 from zramd.device.counters import IoStat, MmStat, RequestStat
 from zramd.device.slices import in_slices
+from zramd.device.states import state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
@@ -34,7 +35,8 @@ from zramd.zsmalloc.stats import ClassStat, class_stats
 
 _PAGE_MASK = PAGE_SIZE - 1
 _WORDS = PAGE_SIZE // WORD
-_ZERO_PAGE = bytes(PAGE_SIZE)
+ZERO_PAGE = bytes(PAGE_SIZE)
+"""What `read` returns for a page of zeros: this very object, or a view of it."""
 _CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
 
 # The states as they stand in an entry, as plain integers: an enum costs more than the rest of the comparison.
@@ -149,7 +151,7 @@ class Device:
             elif state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
                 out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
             else:
-                out.append(_ZERO_PAGE)
+                out.append(ZERO_PAGE)
 
     def write(self, stream: Stream, start: int, length: int, offset: int, prepared: list[Prepared]) -> None:
         """Write `length` bytes, at `start` in the stream's buffer, to `offset`. The caller holds the lock.
@@ -278,8 +280,10 @@ class Device:
                     self._release(entry)
                     self._pages_stored -= 1
 
-    def write_zeroes(self, offset: int, length: int) -> None:
+    def write_zeroes(self, offset: int, length: int, *, keep: bool = False) -> None:
         """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.
+
+        `keep` leaves no page empty: whole pages become same-filled ones, as if zeros had been written to them.
 
         Raises:
             NoSpaceError: no room to rewrite a page covered in part.
@@ -289,6 +293,8 @@ class Device:
         try:
             if head:
                 self._modify(offset, memoryview(bytes(head)))
+            if keep and whole_end > head:
+                self._store(offset + head >> PAGE_SHIFT, [0] * (whole_end - head >> PAGE_SHIFT))
             if whole_end < length:
                 self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
         except NoMemoryError as error:
@@ -297,7 +303,8 @@ class Device:
         except (NoSpaceError, PageError):
             self._failed_writes += 1
             raise
-        self.discard(offset, length)
+        if not keep:
+            self.discard(offset, length)
 
     def set_mem_limit(self, limit: int) -> None:
         """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""
@@ -339,6 +346,10 @@ class Device:
                 huge_pages=self._huge_pages,
                 huge_pages_since=self._huge_pages_since,
             )
+
+    def states(self, first: int, end: int) -> Iterator[tuple[int, PageState, bool]]:
+        """Yield what the pages from `first` to `end` - 1 are, or the first of them: see `state_runs`."""
+        return state_runs(self._table, first, end)
 
     def class_stats(self) -> list[ClassStat]:
         """Return the pool's size classes at one moment. Takes the lock."""

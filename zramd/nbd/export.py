@@ -6,36 +6,44 @@ from dataclasses import dataclass
 from zramd.device.disk import Disk
 from zramd.layout import PAGE_SIZE
 from zramd.nbd.protocol import TransmissionFlag
+from zramd.nbd.terms import Mode, Terms
 
 MINIMUM_BLOCK = 1
 PREFERRED_BLOCK = PAGE_SIZE
-MAXIMUM_PAYLOAD = 64 << 20
 """Block sizes in bytes. Less than a page works, by reading and rewriting the page; whole pages are what is fast."""
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A disk that clients find under `name`."""
+    """A disk that clients find under `name`, and may not change if it is `read_only`."""
 
     name: str
     description: str
     disk: Disk
+    read_only: bool = False
 
-    @property
-    def flags(self) -> TransmissionFlag:
-        """Return the transmission flags.
+    def flags(self, terms: Terms) -> TransmissionFlag:
+        """Return the transmission flags on these terms.
 
         CAN_MULTI_CONN holds because all connections see one device, and a write is in it before it is answered.
         """
-        return (
+        flags = (
             TransmissionFlag.HAS_FLAGS
             | TransmissionFlag.SEND_FLUSH
             | TransmissionFlag.SEND_FUA
-            | TransmissionFlag.SEND_TRIM
-            | TransmissionFlag.SEND_WRITE_ZEROES
             | TransmissionFlag.CAN_MULTI_CONN
             | TransmissionFlag.SEND_CACHE
         )
+        if self.read_only:
+            flags |= TransmissionFlag.READ_ONLY
+        else:
+            flags |= TransmissionFlag.SEND_TRIM
+            flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+        if terms.mode is not Mode.SIMPLE:
+            flags |= TransmissionFlag.SEND_DF
+        if terms.mode is Mode.EXTENDED and terms.contexts:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        return flags
 
 
 class Exports:

@@ -1,12 +1,20 @@
-"""The fixed newstyle handshake, from the greeting to the choice of an export."""
+"""The fixed newstyle handshake, from the greeting to the choice of an export.
+
+Nothing is received beyond the option at hand: what a client sends behind STARTTLS is then taken for TLS, and what it
+sends behind GO is left for the transmission.
+"""
 
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from zramd.device.disk import UninitialisedError
 from zramd.device.opening import OpenDevice
-from zramd.nbd.export import MAXIMUM_PAYLOAD, MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
+from zramd.nbd.block_status import CONTEXT_NAMES, Context, find_contexts
+from zramd.nbd.export import MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
+from zramd.nbd.limits import DEFAULT_LIMITS, Limits
+from zramd.nbd.options import RefusedError, decode, parse_info, parse_meta_context, require_empty
 from zramd.nbd.protocol import (
     CLIENT_FLAGS,
     EXPORT,
@@ -15,62 +23,74 @@ from zramd.nbd.protocol import (
     IHAVEOPT,
     INFO_BLOCK_SIZE,
     INFO_EXPORT,
-    MAX_NAME,
     NBDMAGIC,
     OPTION,
     OPTION_REPLY,
     OPTION_REPLY_MAGIC,
     U16,
     U32,
+    ClientLeftError,
     HandshakeFlag,
     Info,
     Option,
     OptionReply,
+    SessionError,
 )
-
-HANDSHAKE_SECONDS = 10.0
-"""A client that has not chosen an export by then is disconnected."""
-MAX_OPTION_LENGTH = 1 << 20
-"""Bytes of data in an option. Nothing legal is that long; a longer one ends the session."""
-MAX_OPTIONS = 1024
-"""Options in one handshake."""
-
-
-class SessionError(Exception):
-    """The client broke the protocol: this session ends, and nothing else does."""
-
-
-class ClientLeftError(SessionError):
-    """The client closed the connection where more was to come."""
-
-
-class _InvalidError(Exception):
-    """An option's data contradict themselves: an error reply, and the handshake goes on."""
-
+from zramd.nbd.terms import Mode, Terms
+from zramd.nbd.tls import TlsMode
 
 Connect = Callable[[Export], OpenDevice]
 """Claims the disk of an export for a client. Raises UninitialisedError."""
+Secure = Callable[[socket.socket, float], socket.socket]
+"""Makes a TLS connection of a plain one, within so many seconds. Raises OSError, SessionError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a handshake leads to: a device to serve on a socket, on the terms agreed on."""
+
+    sock: socket.socket
+    opened: OpenDevice
+    terms: Terms
 
 
 class Handshake:
-    """One handshake on a connected socket, which must be over within `seconds`."""
+    """One handshake on a connected socket.
+
+    `connect` is called once, for the export that the client chooses; `secure` at most once, if it asks for TLS.
+    While `is_stopping` returns true, every option but ABORT is refused.
+    """
 
     def __init__(
-        self, sock: socket.socket, exports: Exports, connect: Connect, seconds: float = HANDSHAKE_SECONDS
+        self,
+        sock: socket.socket,
+        exports: Exports,
+        connect: Connect,
+        secure: Secure | None = None,
+        tls: TlsMode = TlsMode.OFF,
+        limits: Limits = DEFAULT_LIMITS,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._sock = sock
         self._exports = exports
         self._connect = connect
-        self._deadline = time.monotonic() + seconds
+        self._secure = secure
+        self._tls = tls
+        self._limits = limits
+        self._is_stopping = is_stopping
+        self._deadline = time.monotonic() + limits.handshake_seconds
         self._no_zeroes = False
-        self._fixed = False
+        self._is_secure = False
+        self._mode = Mode.SIMPLE
+        self._contexts: tuple[Context, ...] = ()
+        self._contexts_of: Export | None = None
 
     def _receive(self, length: int) -> bytes:
         """Receive exactly `length` bytes."""
         data = bytearray(length)
         view = memoryview(data)
         while view:
-            self._limit_time()
+            self._sock.settimeout(self._time_left())
             count = self._sock.recv_into(view)
             if not count:
                 raise ClientLeftError("the client left during the handshake")
@@ -78,18 +98,18 @@ class Handshake:
         return bytes(data)
 
     def _send(self, data: bytes) -> None:
-        self._limit_time()
+        self._sock.settimeout(self._time_left())
         self._sock.sendall(data)
 
-    def _limit_time(self) -> None:
-        """Let the next system call on the socket take no longer than what is left for the handshake."""
+    def _time_left(self) -> float:
+        """Return the seconds that the next system call on the socket may take."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the handshake took too long")
-        self._sock.settimeout(left)
+        return left
 
-    def run(self) -> OpenDevice | None:
-        """Negotiate. Return the device to serve, or None if the client said it is done.
+    def run(self) -> Session | None:
+        """Negotiate. Return None if the client said it is done.
 
         Raises:
             SessionError: the client broke the protocol or left.
@@ -101,122 +121,164 @@ class Handshake:
         if flags & ~int(offered):
             raise SessionError(f"the client set unknown flags {flags:#x}")
         self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
-        self._fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
-        for _ in range(MAX_OPTIONS):
+        for _ in range(self._limits.options):
             magic, option, length = OPTION.unpack(self._receive(OPTION.size))
             if magic != IHAVEOPT:
                 raise SessionError(f"an option starts with {magic:#x}")
-            if length > MAX_OPTION_LENGTH:
+            if length > self._limits.option:
                 raise SessionError(f"an option of {length} bytes is too long")
             data = self._receive(length)
             if option == Option.EXPORT_NAME:
                 return self._export_name(data)
-            if not self._fixed:
+            if not flags & HandshakeFlag.FIXED_NEWSTYLE:
                 raise SessionError(f"option {option} from a client that does not speak fixed newstyle")
             if option == Option.ABORT:
                 self._reply(option, OptionReply.ACK)
                 return None
-            opened = self._option(option, data)
-            if opened is not None:
-                return opened
-        raise SessionError(f"more than {MAX_OPTIONS} options")
+            try:
+                session = self._answer(option, data)
+            except RefusedError as error:
+                self._reply(option, error.reply, str(error).encode())
+            else:
+                if session is not None:
+                    return session
+        raise SessionError(f"more than {self._limits.options} options")
 
     def _reply(self, option: int, reply: OptionReply, data: bytes = b"") -> None:
         self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
 
-    def _option(self, option: int, data: bytes) -> OpenDevice | None:
-        """Answer an option. Return a device if transmission follows."""
-        answer: dict[int, Callable[[bytes], OpenDevice | None]] = {
-            Option.LIST: self._list,
-            Option.INFO: self._info,
-            Option.GO: self._go,
-        }
-        try:
-            if option not in answer:
-                self._reply(option, OptionReply.ERR_UNSUP, b"this server does not know the option")
-                return None
-            return answer[option](data)
-        except _InvalidError as error:
-            self._reply(option, OptionReply.ERR_INVALID, str(error).encode())
-            return None
+    def _needs_tls(self) -> bool:
+        return self._tls is TlsMode.REQUIRE and not self._is_secure
 
-    def _export_name(self, data: bytes) -> OpenDevice:
+    def _answer(self, option: int, data: bytes) -> Session | None:
+        """Answer an option. Return a session if transmission follows."""
+        if self._is_stopping():
+            raise RefusedError(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
+        if self._needs_tls() and option != Option.STARTTLS:
+            raise RefusedError(OptionReply.ERR_TLS_REQD, "this server requires TLS")
+        match option:
+            case Option.GO:
+                return self._describe(Option.GO, data)
+            case Option.INFO:
+                self._describe(Option.INFO, data)
+            case Option.LIST:
+                self._list(data)
+            case Option.STARTTLS:
+                self._start_tls(data)
+            case Option.STRUCTURED_REPLY | Option.EXTENDED_HEADERS:
+                self._set_mode(Option(option), data)
+            case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
+                self._meta_context(Option(option), data)
+            case _:
+                raise RefusedError(OptionReply.ERR_UNSUP, "this server does not know the option")
+        return None
+
+    def _export_name(self, data: bytes) -> Session:
         # The protocol has no error reply to this option.
+        if self._is_stopping():
+            raise SessionError("EXPORT_NAME while the server is shutting down")
+        if self._needs_tls():
+            raise SessionError("EXPORT_NAME without TLS, which this server requires")
+        if self._mode is Mode.EXTENDED:
+            raise SessionError("EXPORT_NAME after EXTENDED_HEADERS")
         try:
-            export = self._exports.find(_decode_name(data)) if len(data) <= MAX_NAME else None
-        except _InvalidError as error:
+            export = self._find(decode(data, self._limits.name))
+            opened = self._open(export)
+        except RefusedError as error:
             raise SessionError(str(error)) from error
-        if export is None:
-            raise SessionError("no such export")
-        try:
-            opened = self._connect(export)
-        except UninitialisedError as error:
-            raise SessionError(str(error)) from error
-        reply = EXPORT.pack(opened.device.disksize, export.flags)
+        terms = self._terms(export)
+        reply = EXPORT.pack(opened.device.disksize, export.flags(terms))
         self._send(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
-        return opened
+        return Session(self._sock, opened, terms)
+
+    def _find(self, name: str) -> Export:
+        export = self._exports.find(name)
+        if export is None:
+            raise RefusedError(OptionReply.ERR_UNKNOWN, "no such export")
+        return export
+
+    def _open(self, export: Export) -> OpenDevice:
+        try:
+            return self._connect(export)
+        except UninitialisedError as error:
+            raise RefusedError(OptionReply.ERR_UNKNOWN, str(error)) from error
+
+    def _terms(self, export: Export) -> Terms:
+        """Return the terms for an export: contexts count only for the one that they were chosen for."""
+        contexts = self._contexts if self._contexts_of is export else ()
+        return Terms(self._mode, contexts, export.read_only)
 
     def _list(self, data: bytes) -> None:
-        if data:
-            raise _InvalidError("LIST takes no data")
+        require_empty(data)
         for export in self._exports:
             name, description = export.name.encode(), export.description.encode()
             self._reply(Option.LIST, OptionReply.SERVER, U32.pack(len(name)) + name + description)
         self._reply(Option.LIST, OptionReply.ACK)
 
-    def _info(self, data: bytes) -> None:
-        self._describe(Option.INFO, data)
+    def _start_tls(self, data: bytes) -> None:
+        require_empty(data)
+        if self._is_secure:
+            raise RefusedError(OptionReply.ERR_INVALID, "this is TLS already")
+        if self._secure is None:
+            raise RefusedError(OptionReply.ERR_POLICY, "this server has no TLS")
+        self._reply(Option.STARTTLS, OptionReply.ACK)
+        self._sock = self._secure(self._sock, self._time_left())
+        # Whoever sits between client and server may have said what came before.
+        self._is_secure = True
+        self._mode = Mode.SIMPLE
+        self._contexts, self._contexts_of = (), None
 
-    def _go(self, data: bytes) -> OpenDevice | None:
-        return self._describe(Option.GO, data)
+    def _set_mode(self, option: Option, data: bytes) -> None:
+        require_empty(data)
+        if option is Option.EXTENDED_HEADERS:
+            self._mode = Mode.EXTENDED
+        elif self._mode is Mode.EXTENDED:
+            raise RefusedError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers were chosen already")
+        else:
+            self._mode = Mode.STRUCTURED
+        self._reply(option, OptionReply.ACK)
 
-    def _describe(self, option: Option, data: bytes) -> OpenDevice | None:
-        name, wanted = _parse_info_request(data)
-        export = self._exports.find(name)
-        if export is None:
-            self._reply(option, OptionReply.ERR_UNKNOWN, b"no such export")
-            return None
-        opened = None
-        try:
-            if option is Option.GO:
-                opened = self._connect(export)
-            disksize = opened.device.disksize if opened else export.disk.require_disksize()
-        except UninitialisedError as error:
-            self._reply(option, OptionReply.ERR_UNKNOWN, str(error).encode())
-            return None
-        self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, disksize, export.flags))
+    def _meta_context(self, option: Option, data: bytes) -> None:
+        choosing = option is Option.SET_META_CONTEXT
+        if choosing:
+            self._contexts, self._contexts_of = (), None
+        if self._mode is Mode.SIMPLE:
+            raise RefusedError(OptionReply.ERR_INVALID, "contexts need structured replies or extended headers")
+        name, queries = parse_meta_context(data, self._limits.name)
+        export = self._find(name)
+        if choosing:
+            found = [context for context, name in CONTEXT_NAMES.items() if name in queries]
+            self._contexts, self._contexts_of = tuple(found), export
+        elif queries:
+            found = sorted({context for query in queries for context in find_contexts(query)})
+        else:
+            found = list(Context)
+        for context in found:
+            number = context if choosing else 0
+            self._reply(option, OptionReply.META_CONTEXT, U32.pack(number) + CONTEXT_NAMES[context].encode())
+        self._reply(option, OptionReply.ACK)
+
+    def _describe(self, option: Option, data: bytes) -> Session | None:
+        """Answer INFO or GO."""
+        name, wanted = parse_info(data, self._limits.name)
+        export = self._find(name)
+        terms = self._terms(export)
+        session = None
+        if option is Option.GO:
+            session = Session(self._sock, self._open(export), terms)
+            disksize = session.opened.device.disksize
+        else:
+            try:
+                disksize = export.disk.require_disksize()
+            except UninitialisedError as error:
+                raise RefusedError(OptionReply.ERR_UNKNOWN, str(error)) from error
+        self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, disksize, export.flags(terms)))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted:
             self._reply(option, OptionReply.INFO, U16.pack(Info.DESCRIPTION) + export.description.encode())
         # Always, as nbdkit does: a client that did not ask may still profit from it.
-        sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD)
+        sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, self._limits.payload)
         self._reply(option, OptionReply.INFO, sizes)
         self._reply(option, OptionReply.ACK)
-        return opened
-
-
-def _parse_info_request(data: bytes) -> tuple[str, set[int]]:
-    """Split the data of INFO and GO: u32 name length, name, u16 count, count times u16 information type."""
-    if len(data) < U32.size + U16.size:
-        raise _InvalidError("the option is too short")
-    (length,) = U32.unpack_from(data)
-    if length > len(data) - U32.size - U16.size or length > MAX_NAME:
-        raise _InvalidError("the export name is longer than the option or than 4096 bytes")
-    end = U32.size + length
-    (count,) = U16.unpack_from(data, end)
-    end += U16.size
-    if len(data) != end + count * U16.size:
-        raise _InvalidError("the option's length is not that of its parts")
-    wanted = {U16.unpack_from(data, end + number * U16.size)[0] for number in range(count)}
-    return _decode_name(data[U32.size : U32.size + length]), wanted
-
-
-def _decode_name(data: bytes) -> str:
-    try:
-        name = data.decode()
-    except UnicodeDecodeError as error:
-        raise _InvalidError("the export name is not UTF-8") from error
-    if "\0" in name:
-        raise _InvalidError("the export name has a NUL in it")
-    return name
+        return session

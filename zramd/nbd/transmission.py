@@ -4,61 +4,39 @@ One receive brings in whatever the client has sent, all complete requests in it 
 the device is locked once for all of them, and one gathered send answers them. At a queue depth of 32 that is two
 system calls and one lock for 32 requests.
 
-Memory is bounded by the receive buffer and by MAX_REPLY, and the time under the lock by the latter: a request longer
-than the buffer is applied in pieces.
-
-The fence: a client that has lost its connection sends what was not answered again, on another, and may then overwrite
-it there. So nothing is applied for a client that is gone; whether it is gone is looked at under the device's lock, and
-whatever it does elsewhere comes after that. Only one that took its leave (DISC) is owed all that it had asked for.
+Memory is bounded by the limits, and so is the time under the lock: a request longer than the buffer is applied in
+pieces.
 """
 
-import select
 import socket
 from collections.abc import Callable
 
-from zramd.device.stream import Prepared
+from zramd.device.stream import Prepared, whole_pages
 from zramd.device.zram import Device, NoSpaceError, PageError
 from zramd.layout import PAGE_SIZE
-from zramd.nbd.export import MAXIMUM_PAYLOAD
-from zramd.nbd.handshake import ClientLeftError, SessionError
-from zramd.nbd.protocol import (
-    REQUEST,
-    REQUEST_MAGIC,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_MAGIC,
-    Command,
-    CommandFlag,
-    Error,
-)
+from zramd.nbd.block_status import Context, extents
+from zramd.nbd.inbox import Header, Inbox
+from zramd.nbd.limits import DEFAULT_LIMITS, Limits
+from zramd.nbd.protocol import U32, U64, ClientLeftError, Command, CommandFlag, Error, SessionError
+from zramd.nbd.replies import ExtendedReplies, Failure, SimpleReplies, StructuredReplies
+from zramd.nbd.terms import DEFAULT_TERMS, Mode, Terms
 
-BUFFER_SIZE = 512 << 10
-"""Bytes received at once at most; also what a connection costs in memory."""
-MAX_REPLY = 1 << 20
-"""Bytes of replies gathered before they are sent; also of work done under one hold of the lock, a page being added for
-each request: at 4 KiB each that is 128 requests and about a millisecond."""
-LONG = BUFFER_SIZE - REQUEST.size
-"""A request of more bytes than this is long. A write that is not fits the buffer."""
-WRITE_SLICE = BUFFER_SIZE // 2
-"""Bytes of a long write that are applied at once."""
 DISCARD_SLICE = 4 << 20
 """Bytes discarded under one hold of the lock: 1024 pages, about a millisecond."""
-MAX_SWALLOW = 2 * MAXIMUM_PAYLOAD
-"""A refused write with up to this much payload leaves the session in step; a longer one ends it."""
+SWALLOW = 2
+"""A refused write with up to this many times the largest payload leaves the session in step; a longer one ends it."""
 IOV_MAX = 1024
 """Buffers that the kernel takes in one gathered send."""
 
 # Plain integers: an enum member costs more than the comparison it is used in.
-_HEADER = REQUEST.size
-_READ, _WRITE, _DISC, _FLUSH, _TRIM, _CACHE, _WRITE_ZEROES = map(int, Command)
-_FUA, _NO_HOLE = map(int, CommandFlag)
-_EINVAL, _ENOSPC, _EIO = int(Error.EINVAL), int(Error.ENOSPC), int(Error.EIO)
-_COMMANDS = frozenset(map(int, Command))
+_READ, _WRITE, _DISC, _FLUSH, _TRIM, _CACHE, _WRITE_ZEROES, _BLOCK_STATUS = map(int, Command)
+_FUA, _NO_HOLE, _DF, _REQ_ONE, _FAST_ZERO, _PAYLOAD_LEN = map(int, CommandFlag)
 _NOTHING: list[Prepared] = []
 
-Header = tuple[int, int, int, int, int, int]
-"""(magic, flags, command, cookie, offset, length), as REQUEST unpacks it."""
 Request = tuple[int, int, int, int, int, int, list[Prepared]]
 """(command, flags, cookie, offset, length, where the payload starts in the buffer, prepared pages); not refused."""
+
+_REPLIES = {Mode.SIMPLE: SimpleReplies, Mode.STRUCTURED: StructuredReplies, Mode.EXTENDED: ExtendedReplies}
 
 
 class Transmission:
@@ -67,24 +45,30 @@ class Transmission:
     `flush` writes to the medium what was written to the device; it may raise OSError.
     """
 
-    def __init__(self, sock: socket.socket, device: Device, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        device: Device,
+        flush: Callable[[], None],
+        terms: Terms = DEFAULT_TERMS,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         self._sock = sock
         self._device = device
         self._disksize = device.disksize
         self._flush = flush
-        self._stream = device.stream(bytearray(BUFFER_SIZE))
-        self._buffer = self._stream.view
-        self._start = 0  # what is received and not yet consumed lies from here
-        self._end = 0  # to here
-        self._replies: list[bytes | memoryview] = []
-        self._reply_bytes = 0
-        self._durable: list[int] = []  # cookies of requests to be answered after a flush
-        self._payload_left = 0  # of a long write: the next request starts this far behind `_start`
-        self._leaving = False  # the client has said DISC
-        self._drained = False  # all that a client that is gone had sent is in the buffer
-        self._poll = select.poll()
-        # With no events asked for, a full close (HUP) or an error of a Unix peer; TCP needs to be asked for its FIN.
-        self._poll.register(sock, 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
+        self._contexts = terms.contexts
+        self._limits = limits
+        self._max_reply = limits.reply
+        self._stream = device.stream(bytearray(limits.buffer))
+        self._inbox = Inbox(sock, self._stream.view, extended=terms.mode is Mode.EXTENDED)
+        self._long = limits.buffer - self._inbox.header.size  # a request of more bytes does not fit the buffer
+        self._replies = _REPLIES[terms.mode]()
+        self._durable: list[tuple[int, int]] = []  # (cookie, offset) of requests to be answered after a flush
+        self._forbidden = (_WRITE, _TRIM, _WRITE_ZEROES) if terms.read_only else ()
+        # Up to this command, what has no flags and is in bounds is right.
+        self._plain = _READ if terms.read_only or terms.mode is Mode.EXTENDED else _TRIM
+        self._flags = _allowed_flags(terms)
 
     def run(self) -> None:
         """Serve requests until the client disconnects.
@@ -93,71 +77,24 @@ class Transmission:
             SessionError: the client broke the protocol.
             OSError: the connection failed.
         """
-        while self._receive():
+        inbox = self._inbox
+        while inbox.receive():
             while True:
                 batch, stop = self._parse()
                 if stop is not None:
-                    self._leaving = stop[2] == _DISC and stop[0] == REQUEST_MAGIC
-                    self._payload_left = stop[5] if stop[2] == _WRITE else 0
+                    magic, flags, command, _, _, length = stop
+                    inbox.leaving = command == _DISC and magic == inbox.magic
+                    inbox.payload_left = length if inbox.has_payload(flags, command) else 0
                 self._apply(batch)
                 if stop is None:
-                    if batch and self._drained:
+                    if batch and inbox.drained:
                         continue
                     break
-                if stop[0] != REQUEST_MAGIC:
-                    raise SessionError(f"a request starts with {stop[0]:#x}")
-                if stop[2] == _DISC:
+                if magic != inbox.magic:
+                    raise SessionError(f"a request starts with {magic:#x}")
+                if command == _DISC:
                     return
                 self._apply_long(stop)
-
-    def _receive(self) -> bool:
-        """Receive more; say whether there was any. The unconsumed part moves to the front when room gets short."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif BUFFER_SIZE - self._end < BUFFER_SIZE // 4:
-            rest = self._end - self._start
-            self._buffer[:rest] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, rest
-        return self._receive_behind(0)
-
-    def _receive_behind(self, flags: int) -> bool:
-        """Receive into the free end of the buffer; say whether there was anything."""
-        try:
-            count = self._sock.recv_into(self._buffer[self._end :], 0, flags)
-        except ConnectionResetError:
-            # A Unix peer that left replies unread: what it had sent can still be received.
-            count = self._sock.recv_into(self._buffer[self._end :], 0, flags)
-        self._end += count
-        return count > 0
-
-    def _require_client(self) -> None:
-        """Check that the client is still there, or has said DISC. The caller holds the device's lock.
-
-        Raises:
-            ClientLeftError: it is gone.
-        """
-        if self._poll.poll(0) and not self._said_disconnect():
-            raise ClientLeftError("the client left; what it had asked for and not seen answered is dropped")
-
-    def _said_disconnect(self) -> bool:
-        """Say whether a client that is gone had said DISC, as far as the buffer can hold what it sent."""
-        if self._leaving:
-            return True
-        self._drained = True
-        try:
-            while self._receive_behind(socket.MSG_DONTWAIT):
-                pass
-        except OSError:
-            return False
-        position = self._start + self._payload_left
-        while self._end - position >= _HEADER:
-            magic, _, command, _, _, length = REQUEST.unpack_from(self._buffer, position)
-            if magic != REQUEST_MAGIC:
-                return False
-            if command == _DISC:
-                return True
-            position += _HEADER + (length if command == _WRITE else 0)
-        return False
 
     def _parse(self) -> tuple[list[Request], Header | None]:
         """Consume the complete requests in the buffer, answer those that are refused, compress what others write.
@@ -165,215 +102,266 @@ class Transmission:
         Return the others, and the header that this stopped at, if it is that of a long request, of a disconnect, or
         no request's at all.
         """
+        inbox = self._inbox
         batch: list[Request] = []
-        buffer, start, end = self._buffer, self._start, self._end
-        unpack, prepare, disksize = REQUEST.unpack_from, self._stream.prepare, self._disksize
+        buffer, start, end = inbox.buffer, inbox.start, inbox.end
+        unpack, size, wanted, extended = inbox.header.unpack_from, inbox.header.size, inbox.magic, inbox.extended
+        prepare, disksize, plain, long = self._stream.prepare, self._disksize, self._plain, self._long
         stop: Header | None = None
-        while end - start >= _HEADER:
+        while end - start >= size:
             header: Header = unpack(buffer, start)
             magic, flags, command, cookie, offset, length = header
-            after = start + _HEADER
-            if magic != REQUEST_MAGIC or length > LONG or command == _DISC:
+            after = start + size
+            if magic != wanted or length > long or command == _DISC:
                 stop, start = header, after
                 break
             begin = after
-            if command == _WRITE:
+            if flags & _PAYLOAD_LEN if extended else command == _WRITE:
                 after += length
                 if after > end:
                     break
             # What is plain and in bounds needs no closer look.
-            if flags or offset + length > disksize or command > _TRIM:
-                error = self._refusal(command, flags, offset, length)
-                if error:
-                    self._reply(error, cookie)
+            if flags or offset + length > disksize or command > plain:
+                failure = self._refusal(command, flags, offset, length)
+                if failure:
+                    self._replies.fail(cookie, offset, failure)
                     start = after
                     continue
             prepared = prepare(begin, length, offset) if command == _WRITE else _NOTHING
             batch.append((command, flags, cookie, offset, length, begin, prepared))
             start = after
-        self._start = start
+        inbox.start = start
         return batch, stop
 
-    def _refusal(self, command: int, flags: int, offset: int, length: int) -> int:
-        """Return the error number for a request that is not to be carried out, 0 for one that is.
-
-        FUA is accepted on every command, as the protocol asks.
-        """
-        if flags & ~_FUA and (command != _WRITE_ZEROES or flags & ~(_FUA | _NO_HOLE)):
-            return _EINVAL
-        if command not in _COMMANDS:
-            return _EINVAL
-        if offset + length > self._disksize and command != _FLUSH:
-            return _ENOSPC if command in (_WRITE, _WRITE_ZEROES) else _EINVAL
-        if length > MAXIMUM_PAYLOAD and command in (_READ, _WRITE):
-            return _EINVAL
-        return 0
+    def _refusal(self, command: int, flags: int, offset: int, length: int) -> Failure | None:
+        """Return why a request is not to be carried out, or None."""
+        allowed = self._flags.get(command)
+        if allowed is None:
+            return Failure(Error.EINVAL, f"unknown command {command}")
+        if flags & ~allowed:
+            return Failure(Error.EINVAL, f"flags {flags & ~allowed:#x} are not for this command")
+        if command in self._forbidden:
+            return Failure(Error.EPERM, "the export is read-only")
+        if command == _FLUSH:
+            return None
+        if command == _BLOCK_STATUS:
+            if not self._contexts:
+                return Failure(Error.EINVAL, "no metadata context was chosen")
+            if flags & _PAYLOAD_LEN:
+                return None
+        if command == _WRITE and self._inbox.extended and not flags & _PAYLOAD_LEN:
+            return Failure(Error.EINVAL, "a write needs PAYLOAD_LEN")
+        if offset + length > self._disksize:
+            number = Error.ENOSPC if command in (_WRITE, _WRITE_ZEROES) else Error.EINVAL
+            return Failure(number, f"beyond the end of the export, which has {self._disksize} bytes")
+        if command == _BLOCK_STATUS and not length:
+            return Failure(Error.EINVAL, "a range of no bytes has no status")
+        if command in (_READ, _WRITE) and length > self._limits.payload:
+            return Failure(Error.EINVAL, f"more than {self._limits.payload} bytes at once")
+        if flags & _DF and length > self._long:
+            return Failure(Error.EOVERFLOW, f"more than {self._long} bytes unfragmented")
+        if flags & _FAST_ZERO and length:
+            head, whole_end = whole_pages(offset, length)
+            if head == whole_end:
+                return Failure(Error.ENOTSUP, "less than a page is zeroed no faster than it is written")
+        return None
 
     def _apply(self, batch: list[Request]) -> None:
-        """Apply requests in order and send all replies, under as few holds of the lock as MAX_REPLY allows."""
-        device, stream, replies, pack = self._device, self._stream, self._replies, SIMPLE_REPLY.pack
+        """Apply requests in order and send all replies, under as few holds of the lock as the limits allow."""
+        device, stream, replies, most = self._device, self._stream, self._replies, self._max_reply
+        done, read = replies.done, replies.read
         position, count = 0, len(batch)
         while position < count:
             with device:
-                self._require_client()
+                self._inbox.require_client()
                 work = 0
-                while position < count and work < MAX_REPLY:
+                while position < count and work < most:
                     command, flags, cookie, offset, length, begin, prepared = batch[position]
                     position += 1
                     work += length + PAGE_SIZE
-                    error = 0
                     try:
                         if command == _WRITE:
                             device.write(stream, begin, length, offset, prepared)
                         elif command == _READ:
-                            self._read(cookie, offset, length)
+                            read(device, cookie, offset, length, offset, length, whole=bool(flags & _DF))
                             continue
                         elif command == _TRIM:
                             device.discard(offset, length)
                         elif command == _WRITE_ZEROES:
-                            device.write_zeroes(offset, length)
-                    except (NoSpaceError, PageError) as failure:
-                        error = _error_number(failure)
-                    if command == _WRITE and not flags:
-                        replies.append(pack(SIMPLE_REPLY_MAGIC, error, cookie))
-                        self._reply_bytes += SIMPLE_REPLY.size
+                            device.write_zeroes(offset, length, keep=bool(flags & _NO_HOLE))
+                        elif command == _BLOCK_STATUS:
+                            self._block_status(cookie, flags, offset, length, begin)
+                            continue
+                    except (NoSpaceError, PageError) as error:
+                        replies.fail(cookie, offset, _failure(error))
+                        continue
+                    if flags & _FUA or command == _FLUSH:
+                        self._durable.append((cookie, offset))
                     else:
-                        self._finish(command, flags, cookie, error)
+                        done(cookie, offset)
             self._send()
         self._send()
 
-    def _read(self, cookie: int, offset: int, length: int) -> None:
-        """Gather the reply to a read. The caller holds the device's lock."""
-        replies = self._replies
-        position = len(replies)
-        replies.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
-        try:
-            self._device.read(offset, length, replies)
-        except PageError:
-            del replies[position:]
-            raise
-        self._reply_bytes += SIMPLE_REPLY.size + length
+    def _block_status(self, cookie: int, flags: int, offset: int, length: int, begin: int) -> None:
+        """Answer a BLOCK_STATUS; its payload, if it has one, starts at `begin`. The caller holds the device's lock."""
+        contexts = self._contexts
+        if flags & _PAYLOAD_LEN:
+            failure, length, contexts = self._parse_selection(self._inbox.buffer[begin : begin + length], offset)
+            if failure:
+                self._replies.fail(cookie, offset, failure)
+                return
+        one = bool(flags & _REQ_ONE)
+        found = [(context, extents(self._device, context, offset, length, one=one)) for context in contexts]
+        self._replies.status(cookie, offset, found)
+
+    def _parse_selection(self, payload: memoryview, offset: int) -> tuple[Failure | None, int, tuple[Context, ...]]:
+        """Return, from the payload of a BLOCK_STATUS, what is wrong with it, the range's length, and the contexts."""
+        if len(payload) <= U64.size or len(payload) % U32.size:
+            return Failure(Error.EINVAL, "the payload is no length and context ids"), 0, ()
+        (length,) = U64.unpack_from(payload)
+        ids = [number for (number,) in U32.iter_unpack(payload[U64.size :])]
+        contexts = tuple(context for context in self._contexts if context in ids)
+        if len(contexts) != len(ids):
+            return Failure(Error.EINVAL, "a context is unknown or given twice"), 0, ()
+        return self._refusal(_BLOCK_STATUS, 0, offset, length), length, contexts
 
     def _apply_long(self, header: Header) -> None:
         """Apply a request that is too long for the buffer or the lock, in pieces."""
         _, flags, command, cookie, offset, length = header
-        error = self._refusal(command, flags, offset, length)
-        if command == _WRITE:
-            if length > MAX_SWALLOW:
-                raise SessionError(f"a write of {length} bytes is too long")
-            error = self._write_pieces(offset, length, error)
-        elif not error and command == _READ:
-            self._read_pieces(cookie, offset, length)
-            return
-        elif not error and command in (_TRIM, _WRITE_ZEROES):
-            error = self._discard_pieces(command, offset, length)
-        self._payload_left = 0
-        self._finish(command, flags, cookie, error)
+        failure = self._refusal(command, flags, offset, length)
+        if self._inbox.payload_left:
+            if length > SWALLOW * self._limits.payload:
+                raise SessionError(f"a request with {length} bytes of payload is too long")
+            if command != _WRITE and not failure:
+                failure = Failure(Error.EINVAL, "the payload is too long")
+            failure = self._write_pieces(offset, length, failure)
+            self._inbox.payload_left = 0
+        elif not failure:
+            if command == _READ:
+                self._read_pieces(cookie, offset, length)
+                return
+            if command == _BLOCK_STATUS:
+                with self._device:
+                    self._block_status(cookie, flags, offset, length, 0)
+                self._send()
+                return
+            if command in (_TRIM, _WRITE_ZEROES):
+                failure = self._discard_pieces(command, flags, offset, length)
+        if failure:
+            self._replies.fail(cookie, offset, failure)
+        elif flags & _FUA or command == _FLUSH:
+            self._durable.append((cookie, offset))
+        else:
+            self._replies.done(cookie, offset)
         self._send()
 
-    def _write_pieces(self, offset: int, length: int, error: int) -> int:
-        """Receive a long write and apply it, or swallow it once there is an error. Return the error number."""
-        device = self._device
+    def _write_pieces(self, offset: int, length: int, failure: Failure | None) -> Failure | None:
+        """Receive a long payload and write it, or swallow it once something has failed. Return what has."""
+        device, inbox = self._device, self._inbox
         while length:
             # Each piece but the last ends with a page.
-            piece = min(length, WRITE_SLICE - offset % PAGE_SIZE)
-            while self._end - self._start < piece:
-                if not self._receive():
+            piece = min(length, self._limits.buffer // 2 - offset % PAGE_SIZE)
+            while inbox.end - inbox.start < piece:
+                if not inbox.receive():
                     raise ClientLeftError("the client left in the middle of a write")
-            if not error:
-                prepared = self._stream.prepare(self._start, piece, offset)
-                self._payload_left = length
+            if not failure:
+                prepared = self._stream.prepare(inbox.start, piece, offset)
+                inbox.payload_left = length
                 try:
                     with device:
-                        self._require_client()
-                        device.write(self._stream, self._start, piece, offset, prepared)
-                except (NoSpaceError, PageError) as failure:
-                    error = _error_number(failure)
-            self._start += piece
+                        inbox.require_client()
+                        device.write(self._stream, inbox.start, piece, offset, prepared)
+                except (NoSpaceError, PageError) as error:
+                    failure = _failure(error)
+            inbox.start += piece
             offset += piece
             length -= piece
-        return error
+        return failure
 
-    def _read_pieces(self, cookie: int, offset: int, length: int) -> None:
-        """Send the reply to a long read piece by piece.
-
-        The header goes out before the last page is read: the protocol leaves only a disconnect for an error then.
-        """
-        self._replies.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
-        self._reply_bytes += SIMPLE_REPLY.size
-        while length:
-            piece = min(length, MAX_REPLY - offset % PAGE_SIZE)
+    def _read_pieces(self, cookie: int, start: int, length: int) -> None:
+        """Send the reply to a long read piece by piece."""
+        offset, end = start, start + length
+        while offset < end:
+            piece = min(end - offset, self._max_reply - offset % PAGE_SIZE)
             try:
                 with self._device:
-                    self._device.read(offset, piece, self._replies)
-            except PageError as failure:
-                raise SessionError(f"a read failed after its reply had begun: {failure}") from failure
-            self._reply_bytes += piece
+                    self._replies.read(self._device, cookie, start, length, offset, piece, whole=False)
+            except PageError as error:
+                if offset > start and not self._replies.fails_late:
+                    raise SessionError(f"a read failed after its reply had begun: {error}") from error
+                self._replies.fail(cookie, start, _failure(error), offset)
+                end = offset
             self._send()
             offset += piece
-            length -= piece
 
-    def _discard_pieces(self, command: int, offset: int, length: int) -> int:
-        """Carry out a long trim or write-zeroes. Return the error number."""
+    def _discard_pieces(self, command: int, flags: int, offset: int, length: int) -> Failure | None:
+        """Carry out a long trim or write-zeroes. Return what failed."""
         device = self._device
         while length:
             piece = min(length, DISCARD_SLICE - offset % PAGE_SIZE)
             try:
                 with device:
-                    self._require_client()
+                    self._inbox.require_client()
                     if command == _TRIM:
                         device.discard(offset, piece)
                     else:
-                        device.write_zeroes(offset, piece)
-            except (NoSpaceError, PageError) as failure:
-                return _error_number(failure)
+                        device.write_zeroes(offset, piece, keep=bool(flags & _NO_HOLE))
+            except (NoSpaceError, PageError) as error:
+                return _failure(error)
             offset += piece
             length -= piece
-        return 0
-
-    def _finish(self, command: int, flags: int, cookie: int, error: int) -> None:
-        """Answer a request that has no data to return, at once or, if it asks for durability, after a flush."""
-        if not error and (command == _FLUSH or flags & _FUA):
-            self._durable.append(cookie)
-        else:
-            self._reply(error, cookie)
-
-    def _reply(self, error: int, cookie: int) -> None:
-        self._replies.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie))
-        self._reply_bytes += SIMPLE_REPLY.size
+        return None
 
     def _send(self) -> None:
         """Send all replies gathered so far. The lock is not held: a slow client holds up nobody else."""
         if self._durable:
-            error = 0
+            self._answer_durable()
+        parts, size = self._replies.parts, self._replies.size
+        while parts:
             try:
-                self._flush()
-            except OSError:
-                error = _EIO
-            for cookie in self._durable:
-                self._reply(error, cookie)
-            self._durable.clear()
-        replies = self._replies
-        while replies:
-            try:
-                sent = self._sock.sendmsg(replies[:IOV_MAX])
+                sent = self._sock.sendmsg(parts[:IOV_MAX])
             except (BrokenPipeError, ConnectionResetError):
-                if not self._said_disconnect():
+                if not self._inbox.said_disconnect():
                     raise
-                sent = self._reply_bytes
-            if sent == self._reply_bytes:
-                replies.clear()
-                self._reply_bytes = 0
-                return
-            self._reply_bytes -= sent
+                sent = size
+            if sent == size:
+                parts.clear()
+                break
+            size -= sent
             whole = 0
-            while whole < len(replies) and sent >= len(replies[whole]):
-                sent -= len(replies[whole])
+            while whole < len(parts) and sent >= len(parts[whole]):
+                sent -= len(parts[whole])
                 whole += 1
-            del replies[:whole]
+            del parts[:whole]
             if sent:
-                replies[0] = memoryview(replies[0])[sent:]
+                parts[0] = memoryview(parts[0])[sent:]
+        self._replies.size = 0
+
+    def _answer_durable(self) -> None:
+        try:
+            self._flush()
+        except OSError as error:
+            failure = Failure(Error.EIO, f"the medium failed: {error.strerror}")
+            for cookie, offset in self._durable:
+                self._replies.fail(cookie, offset, failure)
+        else:
+            for cookie, offset in self._durable:
+                self._replies.done(cookie, offset)
+        self._durable.clear()
 
 
-def _error_number(failure: NoSpaceError | PageError) -> int:
-    return _ENOSPC if isinstance(failure, NoSpaceError) else _EIO
+def _allowed_flags(terms: Terms) -> dict[int, int]:
+    """Return the flags that each command may have. FUA is accepted on every one, as the protocol asks."""
+    flags = dict.fromkeys(map(int, Command), _FUA)
+    flags[_WRITE_ZEROES] |= _NO_HOLE | _FAST_ZERO
+    flags[_BLOCK_STATUS] |= _REQ_ONE
+    if terms.mode is not Mode.SIMPLE:
+        flags[_READ] |= _DF
+    if terms.mode is Mode.EXTENDED:
+        flags[_WRITE] |= _PAYLOAD_LEN
+        flags[_BLOCK_STATUS] |= _PAYLOAD_LEN
+    return flags
+
+
+def _failure(error: NoSpaceError | PageError) -> Failure:
+    return Failure(Error.ENOSPC if isinstance(error, NoSpaceError) else Error.EIO, str(error))

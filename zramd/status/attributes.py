@@ -16,11 +16,10 @@ from zramd.zsmalloc.stats import format_classes
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A disk as its sockets know it: where clients find it, how many are connected, and where it can be changed."""
+    """A disk as its sockets know it: where clients find it, and where it can be changed."""
 
     disk: Disk
     uris: tuple[str, ...]
-    connections: Callable[[], int]
     admin: Path
 
 
@@ -98,7 +97,7 @@ def everything(served: Served) -> dict[str, object]:
         "version": __version__,
         "uris": list(served.uris),
         "admin": str(served.admin),
-        "connections": served.connections(),
+        "connections": disk.clients,
         "uuid": str(identity.uuid) if identity else None,
         "initstate": int(opened is not None),
         "disksize": disk.disksize,

@@ -10,11 +10,10 @@ A connection may ask any number of times.
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 
-from zramd.listeners import Connections
+from zramd.listeners import Connections, peer_ids
 from zramd.status.attributes import AttributeRefusedError, Served, read
 from zramd.status.control import write
 
@@ -28,9 +27,6 @@ SEND_SECONDS = 5.0
 """A client that does not take its answer by then is disconnected."""
 READ_PAUSE = 0.001
 """Readers take turns, an answer or a connection in this many seconds: what they ask for costs I/O time."""
-
-_PEER = struct.Struct("3i")
-"""Linux's struct ucred: pid, uid, gid."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ class AdminServer(StatusServer):
         super().__init__(served, "admin")
 
     def _answer_lines(self, sock: socket.socket) -> None:
-        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        uid, _ = peer_ids(sock)
         if uid not in (0, os.geteuid()):
             log.warning("user %d may not change the disk", uid)
             sock.settimeout(SEND_SECONDS)

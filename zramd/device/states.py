@@ -1,0 +1,46 @@
+"""What the pages of a device are made up of, in runs."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from zramd.layout import ENTRY_HAS_ELEMENT, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PageState
+from zramd.memory import SparseTable
+
+MAX_SCANNED = 16384
+"""Entries looked at under one hold of the lock: about a millisecond. What was never written to costs nothing."""
+
+_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
+_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
+_SHIFT = SparseTable.CHUNK_SHIFT
+
+
+def state_runs(table: SparseTable, first: int, end: int) -> Iterator[tuple[int, PageState, bool]]:
+    """Yield (pages, their state, whether they are zeros) from page `first` on, to page `end` or MAX_SCANNED entries on.
+
+    Neighbouring runs may be alike. The caller holds the device's lock.
+    """
+    ready, budget = table.ready, MAX_SCANNED
+    while first < end and budget:
+        chunk = first >> _SHIFT
+        if ready[chunk]:
+            high = min(end, chunk + 1 << _SHIFT, first + budget)
+            budget -= high - first
+            yield from _runs(table.words[first:high].tolist())
+        else:
+            found = ready.find(1, chunk)
+            high = end if found < 0 else min(end, found << _SHIFT)
+            yield high - first, PageState.EMPTY, True
+        first = high
+
+
+def _runs(entries: list[int]) -> Iterator[tuple[int, PageState, bool]]:
+    position = 0
+    for bits, run in groupby(map(_STATE.__and__, entries)):
+        pages = sum(1 for _ in run)
+        if bits == _SAME_FILLED:
+            alike = map(ENTRY_HAS_ELEMENT.__and__, entries[position : position + pages])
+            for has_element, part in groupby(alike):
+                yield sum(1 for _ in part), PageState.SAME_FILLED, not has_element
+        else:
+            yield pages, PageState(bits >> ENTRY_STATE_SHIFT), bits == 0
+        position += pages
