@@ -600,11 +600,12 @@ def test_a_dead_servers_socket_is_no_server(user: User) -> None:
     assert_refused(user.run("status"), 1, "no running server")
 
 
-def test_of_several_servers_one_must_be_chosen(user: User) -> None:
+def test_status_shows_all_disks_and_of_several_one_must_be_chosen_for_the_rest(user: User) -> None:
     other = user.home / "zramd" / "other.status"
     user.serve("--size", "8M")
     user.serve("--size", "16M", "--volatile", "--unix", str(user.home / "other.nbd"), "--status", str(other))
-    assert_refused(user.run("status"), 1, str(other), str(other.with_name("zram0.status")))
+    assert_refused(user.run("stat", "mm_stat"), 1, str(other), str(other.with_name("zram0.status")))
+    assert sorted(line.split()[2] for line in user.run("status").stdout.splitlines()[1:3]) == ["16M", "8M"]
     assert user.run("stat", "disksize", "--status", str(other)).stdout == f"{16 << 20}\n"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from zramd.cli.options import admin_option
-from zramd.cli.stat import request, server_socket
+from zramd.cli.stat import disk_socket, request
 from zramd.layout import PAGE_SIZE
 from zramd.paths import ADMIN_SUFFIX
 from zramd.sizes import format_size
@@ -34,7 +34,7 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
       zramd set reset=1 comp_algorithm=zstd algorithm_params='level=9' disksize=4G
     """
     pairs = [_parse(assignment) for assignment in assignments]
-    path = server_socket(socket, ADMIN_SUFFIX)
+    path = disk_socket(socket, ADMIN_SUFFIX)
     for name, value in pairs:
         # Compaction and reset take as long as there is to do.
         request(path, f"{name} {value}", None)
@@ -58,7 +58,7 @@ def compact(socket: Path | None) -> None:
     Example:
       zramd compact
     """
-    path = server_socket(socket, ADMIN_SUFFIX)
+    path = disk_socket(socket, ADMIN_SUFFIX)
     before = _pages_compacted(path)
     request(path, "compact 1", None)
     freed = _pages_compacted(path) - before
@@ -81,4 +81,4 @@ def reset(force: bool, socket: Path | None) -> None:
     Example:
       zramd reset && zramd set disksize=2G
     """
-    request(server_socket(socket, ADMIN_SUFFIX), "reset force" if force else "reset 1", None)
+    request(disk_socket(socket, ADMIN_SUFFIX), "reset force" if force else "reset 1", None)

@@ -31,7 +31,7 @@ def status_option(command: Command) -> Command:
         "--status",
         "socket",
         type=click.Path(path_type=Path),
-        help="Status socket of the server. Default: that of the one server that runs.",
+        help="Status socket of the disk. Default: that of the one disk that is served.",
     )(command)
 
 
@@ -41,5 +41,5 @@ def admin_option(command: Command) -> Command:
         "--admin",
         "socket",
         type=click.Path(path_type=Path),
-        help="Admin socket of the server. Default: that of the one server that runs.",
+        help="Admin socket of the disk. Default: that of the one disk that is served.",
     )(command)

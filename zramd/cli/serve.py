@@ -1,7 +1,5 @@
 """`zramd serve`: the daemon, in the foreground."""
 
-import logging
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from zramd.config import ConfigError, find_group, load, parse_address
 from zramd.daemon import DaemonError, run
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
+from zramd.log import start_log
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.settings import DiskSettings, Settings, UnixAddress
@@ -90,7 +89,7 @@ def serve(
     """
     if state is not None and volatile:
         raise click.UsageError("--state and --volatile exclude each other")
-    logging.basicConfig(level=logging.WARNING, format="zramd: %(message)s", stream=sys.stderr)
+    start_log()
     try:
         if config is not None:
             _require_alone(context)

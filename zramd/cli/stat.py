@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,7 +10,7 @@ from zramd.cli.options import status_option
 from zramd.layout import PAGE_SIZE
 from zramd.paths import STATUS_SUFFIX
 from zramd.sizes import format_size
-from zramd.status.client import SECONDS, StatusError, ask, find_server
+from zramd.status.client import SECONDS, StatusError, ask, find_disk, find_disks
 
 
 def request(socket: Path, line: str, seconds: float | None = SECONDS) -> str:
@@ -20,10 +21,10 @@ def request(socket: Path, line: str, seconds: float | None = SECONDS) -> str:
         raise click.ClickException(str(error)) from error
 
 
-def server_socket(given: Path | None, suffix: str) -> Path:
-    """Return the socket that was named, or that of the one server that runs."""
+def disk_socket(given: Path | None, suffix: str) -> Path:
+    """Return the socket that was named, or that of the one disk that is served."""
     try:
-        return given or find_server(suffix)
+        return given or find_disk(suffix)
     except StatusError as error:
         raise click.ClickException(str(error)) from error
 
@@ -48,7 +49,7 @@ def stat(name: str, human: bool, socket: Path | None) -> None:
         raise click.UsageError(f"{name!r} is not the name of an attribute; to change one: zramd set NAME=VALUE")
     if human and name != "classes":
         raise click.UsageError("--human is for `classes`; for a table of the rest: zramd status")
-    text = request(server_socket(socket, STATUS_SUFFIX), name)
+    text = request(disk_socket(socket, STATUS_SUFFIX), name)
     click.echo(_show_classes(text) if human else text, nl=False)
 
 
@@ -80,7 +81,7 @@ def _class_line(size: str, chain: str, allocated: int, used: int, pages: int, fr
 @click.command()
 @status_option
 def status(socket: Path | None) -> None:
-    """Show a running server in a table for people.
+    """Show the disks that are served in a table for people.
 
     DATA is what was written and not discarded, COMPR what it is compressed to, TOTAL the memory that takes, and RATIO
     is DATA / TOTAL. Sizes: K, M, G are of 1024.
@@ -89,11 +90,28 @@ def status(socket: Path | None) -> None:
     Example:
       zramd status
     """
-    facts = json.loads(request(server_socket(socket, STATUS_SUFFIX), "json"))
+    try:
+        sockets = [socket] if socket else find_disks()
+    except StatusError as error:
+        raise click.ClickException(str(error)) from error
+    disks = [json.loads(request(path, "json")) for path in sockets]
+    rows = [_status_row(facts) for facts in disks]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    left = {"NAME", "ALGORITHM"}
+    for cells in ({name: name for name in rows[0]}, *rows):
+        line = " ".join(
+            text.ljust(widths[name]) if name in left else text.rjust(widths[name]) for name, text in cells.items()
+        )
+        click.echo(line.rstrip())
+    for facts in disks:
+        for uri in facts["uris"]:
+            click.echo(f"{facts['name']} is served at {uri}")
+
+
+def _status_row(facts: dict[str, Any]) -> dict[str, str]:
     memory = facts["mm_stat"]
-    stored, total = memory["orig_data_size"], memory["mem_used_total"]
-    limit = memory["mem_limit"]
-    row = {
+    stored, total, limit = memory["orig_data_size"], memory["mem_used_total"], memory["mem_limit"]
+    return {
         "NAME": facts["name"],
         "ALGORITHM": facts["comp_algorithm"],
         "DISKSIZE": format_size(facts["disksize"]),
@@ -105,12 +123,3 @@ def status(socket: Path | None) -> None:
         "MEM-PEAK": format_size(memory["mem_used_max"]),
         "CLIENTS": str(facts["connections"]),
     }
-    widths = {name: max(len(name), len(value)) for name, value in row.items()}
-    left = {"NAME", "ALGORITHM"}
-    for cells in ({name: name for name in row}, row):
-        line = " ".join(
-            text.ljust(widths[name]) if name in left else text.rjust(widths[name]) for name, text in cells.items()
-        )
-        click.echo(line.rstrip())
-    for uri in facts["uris"]:
-        click.echo(f"{facts['name']} is served at {uri}")

@@ -14,22 +14,33 @@ class StatusError(Exception):
     """No server answers, or it refused."""
 
 
-def find_server(suffix: str = STATUS_SUFFIX) -> Path:
-    """Return the socket (`.status` or `.admin`) of the one server that runs.
+def find_disks(suffix: str = STATUS_SUFFIX) -> list[Path]:
+    """Return the socket (`.status` or `.admin`) of each disk that is served.
 
     Raises:
-        StatusError: none runs, or several do.
+        StatusError: there is none.
     """
     option = f"--{suffix[1:]}"
     try:
         alive = [path for path in server_sockets(suffix) if _answers(path)]
     except OSError as error:
         raise StatusError(f"cannot look for servers: {error}; name one with {option} PATH") from error
-    if len(alive) == 1:
-        return alive[0]
     if not alive:
         raise StatusError(f"no running server found: start one with `zramd serve`, or name it with {option} PATH")
-    raise StatusError(f"several servers run; choose one with {option}: {' '.join(map(str, alive))}")
+    return alive
+
+
+def find_disk(suffix: str = STATUS_SUFFIX) -> Path:
+    """Return the socket (`.status` or `.admin`) of the one disk that is served.
+
+    Raises:
+        StatusError: there is none, or there are several.
+    """
+    alive = find_disks(suffix)
+    if len(alive) > 1:
+        option = f"--{suffix[1:]}"
+        raise StatusError(f"several disks are served; choose one with {option}: {' '.join(map(str, alive))}")
+    return alive[0]
 
 
 def _answers(path: Path) -> bool:
