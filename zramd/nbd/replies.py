@@ -9,9 +9,11 @@ from zramd.nbd.protocol import (
     CHUNK,
     CHUNK_DONE,
     CHUNK_MAGIC,
+    DATA_CHUNK,
     ERROR,
     EXTENDED_CHUNK,
     EXTENDED_CHUNK_MAGIC,
+    EXTENDED_DATA_CHUNK,
     EXTENDED_EXTENT,
     EXTENT,
     HOLE,
@@ -24,6 +26,8 @@ from zramd.nbd.protocol import (
 )
 
 Buffer = bytes | memoryview
+
+_OFFSET_DATA = int(Chunk.OFFSET_DATA)  # an enum member costs more
 
 
 class Failure(NamedTuple):
@@ -99,6 +103,9 @@ class StructuredReplies(SimpleReplies):
     def _chunk(self, flags: int, kind: Chunk, cookie: int, start: int, length: int) -> bytes:
         return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, length)
 
+    def _data(self, flags: int, cookie: int, start: int, offset: int, size: int) -> bytes:
+        return DATA_CHUNK.pack(CHUNK_MAGIC, flags, _OFFSET_DATA, cookie, U64.size + size, offset)
+
     def fail(self, cookie: int, start: int, failure: Failure, offset: int | None = None) -> None:
         """Add an error chunk, the last of the reply."""
         text = failure.text.encode()
@@ -118,6 +125,11 @@ class StructuredReplies(SimpleReplies):
             return
         pages: list[Buffer] = []
         device.read(offset, piece, pages)
+        if piece == length and len(pages) == 1 and not _is_zero(pages[0]):
+            self._add(self._data(CHUNK_DONE, cookie, start, offset, length))
+            self.parts += pages
+            self.size += length
+            return
         in_one = whole and not all(map(_is_zero, pages))
         for is_hole, run in groupby(pages, _is_data if in_one else _is_zero):
             parts = list(run)
@@ -127,7 +139,7 @@ class StructuredReplies(SimpleReplies):
                 hole = HOLE.pack(offset, size)
                 self._add(self._chunk(flags, Chunk.OFFSET_HOLE, cookie, start, len(hole)) + hole)
             else:
-                self._add(self._chunk(flags, Chunk.OFFSET_DATA, cookie, start, U64.size + size) + U64.pack(offset))
+                self._add(self._data(flags, cookie, start, offset, size))
                 self.parts += parts
                 self.size += size
             offset += size
@@ -149,6 +161,11 @@ class ExtendedReplies(StructuredReplies):
 
     def _chunk(self, flags: int, kind: Chunk, cookie: int, start: int, length: int) -> bytes:
         return EXTENDED_CHUNK.pack(EXTENDED_CHUNK_MAGIC, flags, kind, cookie, start, length)
+
+    def _data(self, flags: int, cookie: int, start: int, offset: int, size: int) -> bytes:
+        return EXTENDED_DATA_CHUNK.pack(
+            EXTENDED_CHUNK_MAGIC, flags, _OFFSET_DATA, cookie, start, U64.size + size, offset
+        )
 
     def done(self, cookie: int, start: int) -> None:
         """Add the empty chunk."""
