@@ -14,8 +14,8 @@ from pathlib import Path
 
 MAX_UNIX_PATH = 107
 """Bytes in the path of a Unix socket: sun_path without its NUL."""
-BACKLOG = 128
-"""Clients that wait to be accepted."""
+BACKLOG = 4096
+"""Clients that wait to be accepted; one more is refused. The kernel has a limit of its own, net.core.somaxconn."""
 
 _PEER = struct.Struct("3i")
 """Linux's struct ucred: pid, uid, gid."""

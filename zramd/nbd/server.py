@@ -17,9 +17,6 @@ from zramd.nbd.protocol import ClientLeftError, SessionError
 from zramd.nbd.tls import TlsMode, start_tls
 from zramd.nbd.transmission import Transmission
 
-SEND_BUFFER = 4 << 20
-"""Bytes that a socket takes before a send blocks; the default of 208 KiB would block a long reply several times."""
-
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +43,7 @@ class Server(Connections):
         if sock.family == socket.AF_UNIX and not self._access.admits_peer(sock):
             log.warning("user %d, group %d is not let in", *peer_ids(sock))
             return
-        _tune(sock)
+        _tune(sock, self._limits)
         context = self._context
         try:
             with ExitStack() as held:
@@ -92,9 +89,10 @@ def _connect(held: ExitStack, sock: socket.socket, export: Export) -> OpenDevice
     return held.enter_context(export.disk.connected(partial(shut_down, sock, socket.SHUT_RDWR)))
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, limits: Limits) -> None:
     if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        # The default of 208 KiB would block a long reply several times.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.reply)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A peer that has vanished without a word gives its place up in the end.
