@@ -8,6 +8,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,18 @@ ERR_UNSUP, ERR_INVALID, ERR_UNKNOWN = 0x80000001, 0x80000003, 0x80000006
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES = range(7)
 FUA, NO_HOLE = 1, 2
 EIO, EINVAL, ENOSPC = 5, 22, 28
+
+PEEK_EXPORT, STARTTLS, STRUCTURED_REPLY, LIST_META_CONTEXT, SET_META_CONTEXT, EXTENDED_HEADERS = 4, 5, 8, 9, 10, 11
+META_CONTEXT = 4
+ERR_POLICY, ERR_TLS_REQD, ERR_SHUTDOWN = 0x80000002, 0x80000005, 0x80000007
+ERR_TOO_BIG, ERR_EXT_HEADER_REQD = 0x80000009, 0x8000000A
+
+BLOCK_STATUS = 7
+DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = 4, 8, 16, 32
+EPERM, EOVERFLOW, ENOTSUP = 1, 75, 95
+
+NO_CHUNK, DATA_CHUNK, HOLE_CHUNK, STATUS_CHUNK, LONG_STATUS_CHUNK = 0, 1, 2, 5, 6
+ERROR_CHUNK, ERROR_OFFSET_CHUNK = 0x8001, 0x8002
 
 HEADER_BYTES = 28
 REPLY_BYTES = 16
@@ -42,6 +55,27 @@ def info_request(name: bytes, *types: int) -> bytes:
     return struct.pack(">I", len(name)) + name + struct.pack(f">H{len(types)}H", len(types), *types)
 
 
+def context_request(name: bytes, *queries: bytes) -> bytes:
+    """Return the data of LIST_META_CONTEXT or SET_META_CONTEXT."""
+    strings = b"".join(struct.pack(">I", len(query)) + query for query in queries)
+    return struct.pack(">I", len(name)) + name + struct.pack(">I", len(queries)) + strings
+
+
+def without_option_texts(stream: bytes) -> bytes:
+    """Return option replies with the texts of errors left out, which may say anything."""
+    kept = b""
+    while stream:
+        magic, kind, reply_type, length = struct.unpack_from(">QIII", stream)
+        assert magic == 0x3E889045565A9
+        data, stream = stream[20 : 20 + length], stream[20 + length :]
+        assert len(data) == length
+        if reply_type >= 1 << 31:
+            assert 0 < len(data.decode()) <= 4096
+            data = b""
+        kept += option_reply(kind, reply_type, data)
+    return kept
+
+
 def request(command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
     return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length)
 
@@ -52,6 +86,120 @@ def write_request(cookie: int, offset: int, payload: bytes, flags: int = 0) -> b
 
 def reply(cookie: int, data: bytes = b"", error: int = 0) -> bytes:
     return struct.pack(">IIQ", 0x67446698, error, cookie) + data
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One of the three ways to frame requests and replies, which a client and a server agree on."""
+
+    name: str
+    structured: bool
+    extended: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+    def request(self, command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
+        if self.extended:
+            return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length)
+        return request(command, cookie, offset, length, flags)
+
+    def write(self, cookie: int, offset: int, payload: bytes, flags: int = 0) -> bytes:
+        if self.extended:
+            flags |= PAYLOAD_LEN
+        return self.request(WRITE, cookie, offset, len(payload), flags) + payload
+
+    def chunk(self, kind: int, cookie: int, start: int, payload: bytes = b"", *, last: bool = True) -> bytes:
+        """Return a chunk of the reply to a request at `start`."""
+        if self.extended:
+            return struct.pack(">IHHQQQ", 0x6E8A278C, last, kind, cookie, start, len(payload)) + payload
+        return struct.pack(">IHHQI", 0x668E33EF, last, kind, cookie, len(payload)) + payload
+
+    def done(self, cookie: int, start: int = 0) -> bytes:
+        return self.chunk(NO_CHUNK, cookie, start) if self.extended else reply(cookie)
+
+    def error(self, cookie: int, number: int, start: int = 0, offset: int | None = None) -> bytes:
+        """Return an error, its text left out."""
+        if not self.structured:
+            return reply(cookie, error=number)
+        if offset is None:
+            return self.chunk(ERROR_CHUNK, cookie, start, struct.pack(">IH", number, 0))
+        return self.chunk(ERROR_OFFSET_CHUNK, cookie, start, struct.pack(">IHQ", number, 0, offset))
+
+    def content(self, cookie: int, start: int, *parts: bytes | int, whole: bool = True) -> bytes:
+        """Return the reply to a read at `start` that finds data and holes of so many zeros, or its beginning."""
+        if not self.structured:
+            return reply(cookie, b"".join(bytes(part) for part in parts))
+        if not parts:
+            return self.chunk(NO_CHUNK, cookie, start)
+        chunks, offset = [], start
+        for number, part in enumerate(parts, 1):
+            last = whole and number == len(parts)
+            if isinstance(part, int):
+                chunks.append(self.chunk(HOLE_CHUNK, cookie, start, struct.pack(">QI", offset, part), last=last))
+                offset += part
+            else:
+                chunks.append(self.chunk(DATA_CHUNK, cookie, start, struct.pack(">Q", offset) + part, last=last))
+                offset += len(part)
+        return b"".join(chunks)
+
+    def status(self, cookie: int, start: int, found: dict[int, list[tuple[int, int]]]) -> bytes:
+        """Return the reply to a BLOCK_STATUS: extents of (length, status) for each context id."""
+        chunks = []
+        for number, (context, extents) in enumerate(found.items(), 1):
+            if self.extended:
+                kind, payload = LONG_STATUS_CHUNK, struct.pack(">II", context, len(extents))
+            else:
+                kind, payload = STATUS_CHUNK, struct.pack(">I", context)
+            payload += b"".join(struct.pack(">QQ" if self.extended else ">II", *extent) for extent in extents)
+            chunks.append(self.chunk(kind, cookie, start, payload, last=number == len(found)))
+        return b"".join(chunks)
+
+    def parse(self, stream: bytes) -> list[tuple[int, int, int, int, bytes]]:
+        """Return (flags, type, cookie, start, payload) of each chunk; a simple reply is of the type -1."""
+        assert self.structured
+        chunks = []
+        while stream:
+            start = 0
+            if not self.extended and stream.startswith(b"\x67\x44\x66\x98"):
+                _, error, cookie = struct.unpack_from(">IIQ", stream)
+                chunks.append((1, -1, cookie, 0, struct.pack(">I", error)))
+                stream = stream[REPLY_BYTES:]
+                continue
+            if self.extended:
+                magic, flags, kind, cookie, start, length = struct.unpack_from(">IHHQQQ", stream)
+                assert magic == 0x6E8A278C
+                stream = stream[32:]
+            else:
+                magic, flags, kind, cookie, length = struct.unpack_from(">IHHQI", stream)
+                assert magic == 0x668E33EF
+                stream = stream[20:]
+            chunks.append((flags, kind, cookie, start, stream[:length]))
+            assert len(stream) >= length
+            stream = stream[length:]
+        return chunks
+
+    def without_texts(self, stream: bytes) -> bytes:
+        """Return a stream of replies with the texts of errors left out, which may say anything."""
+        if not self.structured:
+            return stream
+        kept = b""
+        for flags, kind, cookie, start, payload in self.parse(stream):
+            if kind == -1:
+                kept += reply(cookie, error=int.from_bytes(payload))
+                continue
+            if kind in (ERROR_CHUNK, ERROR_OFFSET_CHUNK):
+                number, length = struct.unpack_from(">IH", payload)
+                assert 0 < len(payload[6 : 6 + length].decode()) <= 4096
+                payload = struct.pack(">IH", number, 0) + payload[6 + length :]
+            kept += self.chunk(kind, cookie, start, payload, last=bool(flags))
+            assert flags in (0, 1)
+        return kept
+
+
+SIMPLE = Dialect("simple", structured=False, extended=False)
+STRUCTURED = Dialect("structured", structured=True, extended=False)
+EXTENDED = Dialect("extended", structured=True, extended=True)
 
 
 def receive(sock: socket.socket, length: int) -> bytes:

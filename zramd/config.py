@@ -26,7 +26,8 @@ from zramd.settings import DESCRIPTION, DiskSettings, Settings, UnixAddress
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
-MIN_MEMORY = 256 << 10
+MIN_MEMORY = 512 << 10
+"""So that 64 KiB can be read unfragmented, which the protocol asks for."""
 MIN_PAYLOAD = 1 << 20
 """What clients may expect whatever is advertised."""
 MAX_LIMIT = 1 << 30

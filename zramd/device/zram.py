@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from zramd.device.codecs import CodecError
 from zramd.device.counters import IoStat, MmStat, RequestStat
 from zramd.device.slices import in_slices
-from zramd.device.states import state_runs
+from zramd.device.states import Run, state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
@@ -347,9 +347,9 @@ class Device:
                 huge_pages_since=self._huge_pages_since,
             )
 
-    def states(self, first: int, end: int) -> Iterator[tuple[int, PageState, bool]]:
-        """Yield what the pages from `first` to `end` - 1 are, or the first of them: see `state_runs`."""
-        return state_runs(self._table, first, end)
+    def states(self, first: int, end: int) -> list[Run]:
+        """Return what the pages from `first` to `end` - 1 are, or the first of them: see `state_runs`."""
+        return list(state_runs(self._table, first, end))
 
     def class_stats(self) -> list[ClassStat]:
         """Return the pool's size classes at one moment. Takes the lock."""

@@ -2,8 +2,8 @@
 
 from enum import IntEnum
 
-from zramd.device.zram import Device
-from zramd.layout import PAGE_SHIFT, PAGE_SIZE, PageState
+from zramd.device.states import Run
+from zramd.layout import PAGE_SHIFT, PageState
 from zramd.nbd.protocol import Allocation
 
 
@@ -21,6 +21,8 @@ back."""
 Extent = tuple[int, int]
 """(bytes, status)"""
 
+_HOLE, _ZERO = int(Allocation.HOLE | Allocation.ZERO), int(Allocation.ZERO)
+
 
 def find_contexts(query: str) -> list[Context]:
     """Return the contexts that a query of LIST_META_CONTEXT asks for: a name, or a namespace that ends in a colon."""
@@ -31,16 +33,16 @@ def find_contexts(query: str) -> list[Context]:
     ]
 
 
-def extents(device: Device, context: Context, offset: int, length: int, *, one: bool) -> list[Extent]:
+def extents(runs: list[Run], context: Context, offset: int, length: int, *, one: bool) -> list[Extent]:
     """Return at least one extent from `offset` on, with no two alike in a row; `one`: only one.
 
-    Together they are `length` bytes (not 0) or, where it would take long to look at them all, less. The caller holds
-    the device's lock.
+    `runs` starts with the page at `offset`. Together the extents are `length` bytes (not 0) or as much as the runs
+    cover.
     """
     found: list[Extent] = []
     begin, end = offset, offset + length
     page, status = offset >> PAGE_SHIFT, -1
-    for pages, state, is_zero in device.states(page, -(-end // PAGE_SIZE)):
+    for pages, state, is_zero in runs:
         following = state if context is Context.STATE else _allocation(state, is_zero)
         boundary = page << PAGE_SHIFT
         if following != status:
@@ -57,5 +59,5 @@ def extents(device: Device, context: Context, offset: int, length: int, *, one: 
 
 def _allocation(state: PageState, is_zero: bool) -> int:
     if state is PageState.EMPTY:
-        return Allocation.HOLE | Allocation.ZERO
-    return Allocation.ZERO if is_zero else 0
+        return _HOLE
+    return _ZERO if is_zero else 0

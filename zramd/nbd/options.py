@@ -2,6 +2,9 @@
 
 from zramd.nbd.protocol import MAX_STRING, U16, U32, OptionReply
 
+MAX_QUERIES = 1024
+"""Metadata contexts that a client asks for at once."""
+
 
 class RefusedError(Exception):
     """An option that is answered with an error; the handshake goes on."""
@@ -23,7 +26,7 @@ class _Cursor:
         self._position = 0
 
     def _take(self, length: int) -> bytes:
-        if length > len(self._data) - self._position:
+        if length > self.left():
             raise _invalid("a part of the option is longer than the option")
         self._position += length
         return self._data[self._position - length : self._position]
@@ -39,8 +42,11 @@ class _Cursor:
         length = self.u32()
         return decode(self._take(length), limit)
 
+    def left(self) -> int:
+        return len(self._data) - self._position
+
     def end(self) -> None:
-        if self._position != len(self._data):
+        if self.left():
             raise _invalid("the option is longer than its parts")
 
 
@@ -88,10 +94,13 @@ def parse_meta_context(data: bytes, name_limit: int) -> tuple[str, list[str]]:
     """Return the name of the export and the queries in the data of LIST_META_CONTEXT or SET_META_CONTEXT.
 
     Raises:
-        RefusedError: the data contradict themselves.
+        RefusedError: the data contradict themselves, or there are too many queries.
     """
     cursor = _Cursor(data)
     name = cursor.string(name_limit)
-    queries = [cursor.string(MAX_STRING) for _ in range(cursor.u32())]
+    count = cursor.u32()
+    if MAX_QUERIES < count <= cursor.left() // U32.size:
+        raise RefusedError(OptionReply.ERR_TOO_BIG, f"more than {MAX_QUERIES} queries")
+    queries = [cursor.string(MAX_STRING) for _ in range(count)]
     cursor.end()
     return name, queries

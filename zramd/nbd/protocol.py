@@ -117,6 +117,7 @@ class OptionReply(IntEnum):
     ERR_TLS_REQD = 2**31 + 5
     ERR_UNKNOWN = 2**31 + 6
     ERR_SHUTDOWN = 2**31 + 7
+    ERR_TOO_BIG = 2**31 + 9
     ERR_EXT_HEADER_REQD = 2**31 + 10
 
 

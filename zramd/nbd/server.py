@@ -51,7 +51,7 @@ class Server(Connections):
                     session = Handshake(
                         sock,
                         self._exports,
-                        partial(_connect, held, sock),
+                        partial(self._connect, held, sock),
                         partial(self._secure, held, context) if context else None,
                         self._tls,
                         self._limits,
@@ -65,6 +65,13 @@ class Server(Connections):
             log.info("connection lost: %s", error)
         except SessionError as error:
             log.warning("connection ended: %s", error)
+
+    def _connect(self, held: ExitStack, sock: socket.socket, export: Export) -> OpenDevice:
+        opened = held.enter_context(export.disk.connected(partial(shut_down, sock, socket.SHUT_RDWR)))
+        # Now, and not once it is answered: who has read the answer must not be taken for the oldest handshake.
+        with self._lock:
+            self._handshakes.pop(sock, None)
+        return opened
 
     def _secure(self, held: ExitStack, context: ssl.SSLContext, plain: socket.socket, seconds: float) -> socket.socket:
         return held.enter_context(closing(start_tls(plain, context, self._access, seconds)))
@@ -83,10 +90,6 @@ class Server(Connections):
         finally:
             with self._lock:
                 self._handshakes.pop(sock, None)
-
-
-def _connect(held: ExitStack, sock: socket.socket, export: Export) -> OpenDevice:
-    return held.enter_context(export.disk.connected(partial(shut_down, sock, socket.SHUT_RDWR)))
 
 
 def _tune(sock: socket.socket, limits: Limits) -> None:

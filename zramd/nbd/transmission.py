@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from zramd.device.stream import Prepared, whole_pages
 from zramd.device.zram import Device, NoSpaceError, PageError
-from zramd.layout import PAGE_SIZE
+from zramd.layout import PAGE_SHIFT, PAGE_SIZE
 from zramd.nbd.block_status import Context, extents
 from zramd.nbd.inbox import Header, Inbox
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
@@ -62,7 +62,8 @@ class Transmission:
         self._max_reply = limits.reply
         self._stream = device.stream(bytearray(limits.buffer))
         self._inbox = Inbox(sock, self._stream.view, extended=terms.mode is Mode.EXTENDED)
-        self._long = limits.buffer - self._inbox.header.size  # a request of more bytes does not fit the buffer
+        # A request of more bytes does not fit the buffer, or is refused.
+        self._long = min(limits.buffer - self._inbox.header.size, limits.payload)
         self._replies = _REPLIES[terms.mode]()
         self._durable: list[tuple[int, int]] = []  # (cookie, offset) of requests to be answered after a flush
         self._forbidden = (_WRITE, _TRIM, _WRITE_ZEROES) if terms.read_only else ()
@@ -191,6 +192,7 @@ class Transmission:
                             device.write_zeroes(offset, length, keep=bool(flags & _NO_HOLE))
                         elif command == _BLOCK_STATUS:
                             self._block_status(cookie, flags, offset, length, begin)
+                            work = most
                             continue
                     except (NoSpaceError, PageError) as error:
                         replies.fail(cookie, offset, _failure(error))
@@ -211,7 +213,8 @@ class Transmission:
                 self._replies.fail(cookie, offset, failure)
                 return
         one = bool(flags & _REQ_ONE)
-        found = [(context, extents(self._device, context, offset, length, one=one)) for context in contexts]
+        runs = self._device.states(offset >> PAGE_SHIFT, -(-(offset + length) // PAGE_SIZE))
+        found = [(context, extents(runs, context, offset, length, one=one)) for context in contexts]
         self._replies.status(cookie, offset, found)
 
     def _parse_selection(self, payload: memoryview, offset: int) -> tuple[Failure | None, int, tuple[Context, ...]]:
