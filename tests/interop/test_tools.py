@@ -1,8 +1,10 @@
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,15 +20,25 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "fio": "fio",
+    "nbdkit": "nbdkit",
+    "nbdsh": "python3-libnbd",
 }
 
 
-def run(program: str, *arguments: str | Path, directory: Path | None = None) -> str:
+def run(
+    program: str, *arguments: str | Path, directory: Path | None = None, environment: dict[str, str] | None = None
+) -> str:
     """Run a program that must succeed and return what it printed."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is missing: apt install {PACKAGES[program]}")
     done = subprocess.run(
-        [program, *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=directory, check=False
+        [program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=directory,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -285,3 +297,65 @@ def start_at(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     yield start
     for server in servers:
         assert server.stop() == (0, "")
+
+
+@pytest.fixture
+def mixed(server: ServerProcess) -> ServerProcess:
+    """Return a server whose disk has pages in every state: huge, compressed, same-filled, kept zeros, and empty."""
+    nbd = pytest.importorskip("nbd", reason="needs libnbd's Python binding: apt-get install python3-libnbd")
+    disk = nbd.NBD()
+    disk.connect_uri(server.uri)
+    disk.pwrite(bytes(make_data("random", 1, 8192)), 0)
+    disk.pwrite(bytes(make_data("text", 1, 12288)), MIB)
+    disk.pwrite(b"\1" * 8192, 2 * MIB)
+    disk.zero(4096, 3 * MIB, nbd.CMD_FLAG_NO_HOLE)
+    disk.shutdown()
+    return server
+
+
+MAP = [
+    # first byte, bytes, base:allocation, zramd:state
+    (0, 8192, 0, 3),
+    (8192, MIB - 8192, 3, 0),
+    (MIB, 12288, 0, 2),
+    (MIB + 12288, MIB - 12288, 3, 0),
+    (2 * MIB, 8192, 0, 1),
+    (2 * MIB + 8192, MIB - 8192, 3, 0),
+    (3 * MIB, 4096, 2, 1),
+    (3 * MIB + 4096, 61 * MIB - 4096, 3, 0),
+]
+
+
+@pytest.mark.parametrize(("context", "column"), [("base:allocation", 2), ("zramd:state", 3)])
+def test_nbdinfo_maps_the_make_up_of_the_disk(mixed: ServerProcess, context: str, column: int) -> None:
+    found = json.loads(run("nbdinfo", "--json", f"--map={context}", mixed.uri))
+    assert [(extent["offset"], extent["length"], extent["type"]) for extent in found] == [
+        (row[0], row[1], row[column]) for row in MAP
+    ]
+
+
+def test_qemu_img_maps_holes_and_zeros(mixed: ServerProcess) -> None:
+    found = json.loads(run("qemu-img", "map", "--output=json", mixed.uri))
+    assert [(extent["start"], extent["length"], extent["zero"], extent["data"]) for extent in found] == [
+        (offset, length, bool(status & 2), not status & 1) for offset, length, status, _ in MAP
+    ]
+
+
+def test_nbdsh_runs_a_session_of_its_own_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zramd", "serve", "--stdio", "--size", "1M"]
+    script = f"h.connect_command({command!r}); h.pwrite(b'nbdsh', 3); print(h.pread(9, 0), h.get_size())"
+    path = f"/usr/bin:{os.environ['PATH']}"  # its Python must be Debian's
+    printed = run("nbdsh", "-c", script, directory=tmp_path, environment={**os.environ, "PATH": path})
+    assert printed == "bytearray(b'\\x00\\x00\\x00nbdsh\\x00') 1048576\n"
+
+
+def test_nbdkit_compares_the_disk_with_what_was_copied_to_it(server48: ServerProcess, image: Path) -> None:
+    run("nbdcopy", image, server48.uri)
+    checking = (
+        "--filter=checkwrite",
+        "nbd",
+        f"socket={server48.unix}",
+        "--run",
+        f"nbdcopy {shlex.quote(str(image))} $uri",
+    )
+    run("nbdkit", "-U", "-", *checking)
