@@ -33,7 +33,10 @@ def standard_input() -> socket.socket:
     Raises:
         ListenError: it is something else.
     """
-    fd = os.dup(0)
+    try:
+        fd = os.dup(0)
+    except OSError as error:
+        raise ListenError(f"standard input is no socket ({error.strerror})") from error
     nothing = os.open(os.devnull, os.O_RDWR)
     try:
         sock = _adopt(fd, listening=False)

@@ -20,6 +20,7 @@ from zramd.device.codecs import parse_codec
 from zramd.device.opening import Wanted
 from zramd.nbd.access import Access
 from zramd.nbd.limits import Limits
+from zramd.nbd.protocol import MAX_STRING
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.settings import DESCRIPTION, DiskSettings, Settings, UnixAddress
@@ -31,6 +32,8 @@ MIN_MEMORY = 512 << 10
 MIN_PAYLOAD = 1 << 20
 """What clients may expect whatever is advertised."""
 MAX_LIMIT = 1 << 30
+MAX_ID = (1 << 32) - 2
+"""The largest uid and gid; to chown, the next one means to change nothing."""
 
 Value = TypeVar("Value")
 Default = TypeVar("Default")
@@ -48,14 +51,17 @@ def load(path: Path, *, stdio: bool = False) -> Settings:
         OSError: the default directories cannot be used.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
+        # TOMLDecodeError; and a number of thousands of digits, of which tomllib takes no notice.
         raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: arrays or tables lie too deep in each other") from error
     names = ["server", "tls", "access", "limits"]
     for name, values in document.items():
         if not isinstance(values, dict):
@@ -106,8 +112,13 @@ class Table:
 
 
 def _fail(path: Path, text: str, table: str, key: str | None, reason: str) -> NoReturn:
-    where = " ".join(filter(None, (f"[{table}]" if table else "", key)))
+    where = " ".join([f"[{_name(table)}]"] * bool(table) + ([] if key is None else [_name(key)]))
     raise ConfigError(f"{path}:{_line(text, table, key)}: {where}: {reason}")
+
+
+def _name(key: str) -> str:
+    """Return the name of a table or key, quoted if it could not stand in the file as it is."""
+    return key if re.fullmatch(r"[\w-]+", key) else repr(key)
 
 
 def _line(text: str, table: str, key: str | None) -> int:
@@ -137,8 +148,8 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
     group = server.take("unix-group", find_group, -1)
     tls = _tls(tables["tls"])
     names = access.take("certificate-names", _strings, ())
-    if names and (tls.mode is TlsMode.OFF or tls.psk_file or not tls.verify_clients):
-        access.fail("certificate-names", "needs TLS with certificates of clients, which [tls] switches off")
+    if names and (tls.mode is not TlsMode.REQUIRE or tls.psk_file or not tls.verify_clients):
+        access.fail("certificate-names", 'needs mode = "require" in [tls], and certificates of clients')
     return Settings(
         disks=disks,
         unix=tuple(UnixAddress(path, mode, owner, group) for path in paths),
@@ -200,7 +211,7 @@ def _disk(table: Table) -> DiskSettings:
         status=status,
         admin=table.take("admin", _path, None) or status.with_suffix(ADMIN_SUFFIX),
         group=table.take("status-group", find_group, None),
-        description=table.take("description", _string, DESCRIPTION),
+        description=table.take("description", _description, DESCRIPTION),
         read_only=table.take("read-only", _boolean, False),
     )
 
@@ -225,7 +236,7 @@ def find_user(value: str | int) -> int:
     """
     text = _string(value)
     try:
-        return int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
+        return _id(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
     except KeyError:
         raise ValueError(f"there is no user {text!r}") from None
 
@@ -238,9 +249,16 @@ def find_group(value: str | int) -> int:
     """
     text = _string(value)
     try:
-        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+        return _id(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
     except KeyError:
         raise ValueError(f"there is no group {text!r}") from None
+
+
+def _id(text: str) -> int:
+    number = int(text)
+    if number > MAX_ID:
+        raise ValueError(f"{text} is not the number of a user or group")
+    return number
 
 
 def _string(value: Any) -> str:
@@ -267,7 +285,16 @@ def _path(value: Any) -> Path:
     path = Path(_string(value))
     if not path.is_absolute():
         raise ValueError(f"{value!r} is not an absolute path")
+    if not path.name or "\0" in str(path):
+        raise ValueError(f"{value!r} cannot be the name of a file")
     return path
+
+
+def _description(value: Any) -> str:
+    text = _string(value)
+    if "\0" in text or len(text.encode()) > MAX_STRING:
+        raise ValueError(f"a description has no NUL and at most {MAX_STRING} bytes")
+    return text
 
 
 def _boolean(value: Any) -> bool:
@@ -277,7 +304,8 @@ def _boolean(value: Any) -> bool:
 
 
 def _mode(value: Any) -> int:
-    text = _string(value)
+    # A number would be 0o660 or 660, and who reads it could not tell which was meant.
+    text = value if isinstance(value, str) else ""
     if not re.fullmatch("0?[0-7]{3}", text, re.ASCII):
         raise ValueError(f'{value!r} is not a mode, as in "0660"')
     return int(text, 8)

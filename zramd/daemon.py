@@ -86,7 +86,7 @@ class _Daemon:
             sockets.callback(address.path.unlink, missing_ok=True)
         for host, port in settings.tcp:
             listeners += listen_tcp(host, port)
-        for sock in (*listeners, *([client] if client else ())):
+        for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
         self.disks = [_open_disk(disk) for disk in settings.disks]
         exports = [

@@ -37,6 +37,8 @@ def listen_unix(path: Path, mode: int = 0o600, owner: int = -1, group: int = -1)
     """
     if len(os.fsencode(path)) > MAX_UNIX_PATH:
         raise ListenError(f"cannot listen on {path}: a socket's path has at most {MAX_UNIX_PATH} bytes")
+    if not path.name:
+        raise ListenError(f"cannot listen on {path}: it is a directory")
     # It listens before it has its name: whoever finds the name refusing connections knows that its server is dead.
     unnamed = path.with_name(f".{os.getpid()}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -175,24 +177,32 @@ class Connections:
     def adopt(self, sock: socket.socket, at_end: Callable[[], None] = lambda: None) -> None:
         """Serve a connected socket in a thread of its own, which calls `at_end` last. If that cannot be, close it."""
         thread = threading.Thread(target=self._run, args=(sock, at_end), name=self._kind, daemon=True)
-        # Started under the lock: stop() then finds only threads that it can wait for.
         with self._lock:
-            if self._stopping:
-                sock.close()
-            elif len(self._threads) >= self._most:
-                sock.close()
-                # Once: who may connect must not be able to fill the log.
-                if not self._refused:
-                    log.warning("more than %d connections (%s): the rest are refused", self._most, self._kind)
-                self._refused = True
-            else:
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    log.warning("cannot serve a connection (%s): %s", self._kind, error)
-                    sock.close()
-                else:
-                    self._threads[sock] = thread
+            started = self._start(sock, thread)
+        if not started:
+            sock.close()
+            at_end()
+
+    def _start(self, sock: socket.socket, thread: threading.Thread) -> bool:
+        """Start a connection's thread, if there may be one more. The caller holds the lock.
+
+        stop() then finds only threads that it can wait for.
+        """
+        if self._stopping:
+            return False
+        if len(self._threads) >= self._most:
+            # Once: who may connect must not be able to fill the log.
+            if not self._refused:
+                log.warning("more than %d connections (%s): the rest are refused", self._most, self._kind)
+            self._refused = True
+            return False
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("cannot serve a connection (%s): %s", self._kind, error)
+            return False
+        self._threads[sock] = thread
+        return True
 
     def is_stopping(self) -> bool:
         """Say whether stop() has been called."""

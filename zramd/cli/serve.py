@@ -18,6 +18,7 @@ from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
 SIZE = Parsed("size", parse_size)
+SOCKET = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
@@ -34,7 +35,7 @@ SIZE = Parsed("size", parse_size)
     type=Parsed("algorithm", parse_codec),
     help="lz4, lz4hc or zstd; with parameters: 'zstd(level=9,dict=/PATH)'. Default: lz4.",
 )
-@click.option("--unix", type=click.Path(path_type=Path), help="NBD socket to listen on.")
+@click.option("--unix", type=SOCKET, help="NBD socket to listen on.")
 @click.option(
     "--tcp",
     type=Parsed("host:port", parse_address),
@@ -43,11 +44,9 @@ SIZE = Parsed("size", parse_size)
 @click.option("--stdio", is_flag=True, help="Serve the one client on standard input, keep nothing, and end with it.")
 @click.option("--tls", type=click.Path(path_type=Path), help="Require TLS, with the certificates in this directory.")
 @click.option("--read-only", is_flag=True, help="Let clients change nothing.")
-@click.option("--status", type=click.Path(path_type=Path), help="Socket to listen on for those who read attributes.")
+@click.option("--status", type=SOCKET, help="Socket to listen on for those who read attributes.")
 @click.option("--status-group", type=Parsed("group", find_group), help="Group that may read. Default: only you.")
-@click.option(
-    "--admin", type=click.Path(path_type=Path), help="Socket for changes. Default: as --status, but ending in .admin."
-)
+@click.option("--admin", type=SOCKET, help="Socket for changes. Default: as --status, but ending in .admin.")
 @click.option("--state", type=click.Path(path_type=Path), help="Directory that keeps the contents over a restart.")
 @click.option("--volatile", is_flag=True, help="Keep nothing: the contents go when the server ends.")
 @click.option("--mem-limit", type=SIZE, help="Most memory for compressed data; 0 for no limit. Default: 0.")

@@ -1,5 +1,7 @@
 """TLS: certificates or pre-shared keys, and a socket that does what the transmission asks of one."""
 
+import errno
+import secrets
 import socket
 import ssl
 from contextlib import suppress
@@ -105,8 +107,9 @@ def _load_keys(context: ssl.SSLContext, path: Path) -> None:
         raise TlsError(f"{path} is not text") from error
     except OSError as error:
         raise TlsError(f"cannot read {path}: {error.strerror}") from error
-    # No key: OpenSSL then ends the handshake as it does for a wrong key, so that nobody learns which users there are.
-    context.set_psk_server_callback(lambda identity: keys.get(identity or "", b""))
+    # A key that nobody has, for an unknown user: with none, the alert would tell which users there are.
+    nobody = secrets.token_bytes(32)
+    context.set_psk_server_callback(lambda identity: keys.get(identity or "", nobody))
     context.set_ciphers("PSK")
     context.verify_mode = ssl.CERT_NONE
 
@@ -117,20 +120,29 @@ class TlsSocket(ssl.SSLSocket):
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         """Receive; with MSG_DONTWAIT, only what is there."""
         if flags != socket.MSG_DONTWAIT:
-            return super().recv_into(buffer, nbytes or None)
+            return self._read_into(buffer)
         seconds = self.gettimeout()
         self.setblocking(False)
         try:
-            return super().recv_into(buffer, nbytes or None)
+            return self._read_into(buffer)
         except ssl.SSLWantReadError as error:
             raise BlockingIOError(error.errno, "nothing is there") from error
         finally:
             self.settimeout(seconds)
 
+    def _read_into(self, buffer: Any) -> int:
+        # A Unix peer that left replies unread resets the connection, once; what it had sent can still be received.
+        # Python takes that for the end. After a real end, the second call returns 0 too.
+        return super().recv_into(buffer) or super().recv_into(buffer)
+
     def sendmsg(self, buffers: list[bytes | memoryview]) -> int:  # type: ignore[override]  # SSLSocket has none
         """Send all of a list of buffers."""
         data = b"".join(buffers)
-        self.sendall(data)
+        try:
+            self.sendall(data)
+        except ssl.SSLError as error:
+            # Python says "EOF in violation of protocol" for a peer that is gone; a second attempt fails otherwise.
+            raise BrokenPipeError(errno.EPIPE, "the client is gone") from error
         return len(data)
 
     def close(self) -> None:
@@ -166,5 +178,7 @@ def start_tls(sock: socket.socket, context: ssl.SSLContext, access: Access, seco
 
 def _reason(error: Exception) -> str:
     """Return what OpenSSL says is wrong, without its source line."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return str(error.verify_message)
     reason = getattr(error, "reason", None)
     return str(reason).lower().replace("_", " ") if reason else str(error)
