@@ -31,7 +31,6 @@ class Inbox:
         end: to here.
         payload_left: of a long request: the next one starts this far behind `start`.
         leaving: the client has said DISC.
-        drained: all that a client that is gone had sent is in the buffer.
     """
 
     def __init__(self, sock: socket.socket, buffer: memoryview, *, extended: bool) -> None:
@@ -42,7 +41,6 @@ class Inbox:
         self.start = self.end = 0
         self.payload_left = 0
         self.leaving = False
-        self.drained = False
         self._sock = sock
         self._poll = select.poll()
         # With no events asked for, a full close (HUP) or an error of a Unix peer; TCP needs to be asked for its FIN.
@@ -86,7 +84,6 @@ class Inbox:
         """Say whether a client that is gone had said DISC, as far as the buffer can hold what it sent."""
         if self.leaving:
             return True
-        self.drained = True
         try:
             while self._receive(socket.MSG_DONTWAIT):
                 pass

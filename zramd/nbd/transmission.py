@@ -81,6 +81,7 @@ class Transmission:
         inbox = self._inbox
         while inbox.receive():
             while True:
+                end = inbox.end
                 batch, stop = self._parse()
                 if stop is not None:
                     magic, flags, command, _, _, length = stop
@@ -88,9 +89,10 @@ class Transmission:
                     inbox.payload_left = length if inbox.has_payload(flags, command) else 0
                 self._apply(batch)
                 if stop is None:
-                    if batch and inbox.drained:
-                        continue
-                    break
+                    if inbox.end == end:
+                        break
+                    # The client is gone, and what it had sent came in while it was looked for.
+                    continue
                 if magic != inbox.magic:
                     raise SessionError(f"a request starts with {magic:#x}")
                 if command == _DISC:
