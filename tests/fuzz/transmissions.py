@@ -112,6 +112,7 @@ class Transmission:
         self._header = struct.calcsize(self._layout)
         self._long = rules.buffer - self._header  # a longer request is taken in pieces
         self._most_kept = received.left + (1 << 20)
+        self._kept: dict[bytes, bytes] = {}
         self.exact = not cut
         """Whether the disk must be as it is here now, but for what is in `unfinished`."""
         self.unfinished: Request | None = None
@@ -233,8 +234,10 @@ class Transmission:
             if request.command == READ:
                 # Where the server sent less than this it is not looked at.
                 if self._most_kept >= 0:
-                    expected.data = bytes(disk.contents[offset : offset + length])
-                    self._most_kept -= length
+                    data = bytes(disk.contents[offset : offset + length])
+                    # Reads of the same share a copy: zeros cost nothing to send, as often as they are read.
+                    expected.data = self._kept.setdefault(data, data)
+                    self._most_kept -= self._cost(offset, length)
             elif request.command == WRITE:
                 disk.write(offset, request.payload)
             elif request.command == TRIM:
@@ -246,6 +249,13 @@ class Transmission:
                 expected.contexts = self._selected(request) or []
                 expected.statuses = {context: self._statuses(expected, context) for context in expected.contexts}
         return expected
+
+    def _cost(self, offset: int, length: int) -> int:
+        """Return how many bytes of a read have to be sent."""
+        if not self._agreed.structured or not length:
+            return length
+        pages = range(offset // PAGE, -(-(offset + length) // PAGE))
+        return min(length, PAGE * sum(not self._disk.is_zero(page) for page in pages))
 
     def _statuses(self, expected: Expected, context: int) -> list[int]:
         """Return the status of each page that a range touches; in zramd:state, 2 may also be 3."""
