@@ -144,6 +144,7 @@ def requests(dialect: Dialect) -> Iterator[tuple[str, bytes]]:
         "flags": b"".join(ask(command, 1 << bit, 0, 0, 1 << bit) for command in (0, 3, 4, 5, 6, 7) for bit in range(5)),
         "unknown": ask(8, 1, 2, 3) + ask(0xFFFF, 2, 0, 1 << 31) + ask(FLUSH, 3),
         "disconnect": ask(READ, 1, 0, 10) + ask(DISC, 2) + ask(READ, 3, 0, 10),
+        "goodbye": some + ask(READ, 4, 1 << 18, 1) + put(5, 0, TEXT[:200]) + ask(READ, 6, 0, PAGE, FUA) + ask(DISC, 7),
         "garbage": ask(READ, 1, 0, 10) + bytes(40),
         "one-cookie": put(7, 0, TEXT[:10]) + ask(READ, 7, 0, 20) + ask(FLUSH, 7) + ask(READ, 7, 5, 10),
         "too-much": ask(WRITE, 1, 0, 1 << 30, PAYLOAD_LEN if dialect.extended else 0),
@@ -193,6 +194,9 @@ SETUPS = {
     "extended-write": [Setup(step=5, small=True)],
     "extended-block-status": [Setup(leave=6000)],
     "structured-disconnect": [Setup(leave=100), Setup(leave=300)],
+    "simple-goodbye": [Setup(leave=0), Setup(leave=4700, step=6)],
+    "structured-goodbye": [Setup(leave=0), Setup(leave=4900, step=5)],
+    "extended-goodbye": [Setup(leave=0, limits=1), Setup(leave=5000, step=5)],
 }
 """How a stream is played, where it is not with the default."""
 

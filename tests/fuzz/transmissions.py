@@ -252,10 +252,12 @@ class Transmission:
 
     def _cost(self, offset: int, length: int) -> int:
         """Return how many bytes of a read have to be sent."""
-        if not self._agreed.structured or not length:
+        if not self._agreed.structured:
             return length
-        pages = range(offset // PAGE, -(-(offset + length) // PAGE))
-        return min(length, PAGE * sum(not self._disk.is_zero(page) for page in pages))
+        end = offset + length
+        pages = range(offset // PAGE, -(-end // PAGE))
+        filled = (page * PAGE for page in pages if not self._disk.is_zero(page))
+        return sum(min(start + PAGE, end) - max(start, offset) for start in filled)
 
     def _statuses(self, expected: Expected, context: int) -> list[int]:
         """Return the status of each page that a range touches; in zramd:state, 2 may also be 3."""
@@ -303,7 +305,7 @@ class Transmission:
             del self._open[cookie]
             fits = [expected for expected in self._waiting[cookie] if self._fits(expected, answer)]
             assert fits, f"{answer} is no answer to any of {self._waiting[cookie]}"
-            self._waiting[cookie].remove(fits[0])
+            self._waiting[cookie].remove(min(fits, key=_choice))
 
     def _simple(self, cookie: int, error: int) -> None:
         """Find the request that a simple reply answers. Of several, the one that returns the most."""
@@ -311,7 +313,7 @@ class Transmission:
         # With structured replies, errors and contents come in chunks.
         assert not self._agreed.structured or error == 0
         assert waiting, f"the reply to {cookie:#x}, which was not asked"
-        for expected in sorted(waiting, key=lambda expected: -len(expected.data)):
+        for expected in sorted(waiting, key=lambda expected: (-len(expected.data), len(expected.errors))):
             command = expected.request.command
             if self._agreed.structured and command in (READ, BLOCK_STATUS):
                 continue
@@ -402,3 +404,8 @@ class Transmission:
         if expected.request.flags & REQ_ONE:
             return len(extents) == 1
         return position == end
+
+
+def _choice(expected: Expected) -> tuple[bool, int]:
+    """Of several requests with one cookie, a chunk answers the one that the fewest other answers could be for."""
+    return expected.request.command not in (READ, BLOCK_STATUS), len(expected.errors)
