@@ -4,8 +4,9 @@ Requests have to be as if carried out one after the other; they may be answered 
 """
 
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import chain, combinations
 
 from tests.fuzz.handshakes import Agreed, End
 from tests.fuzz.stream import PAGE, EndError, Reader, Rules
@@ -108,6 +109,7 @@ class Transmission:
         self._cut = cut
         self._waiting: defaultdict[int, list[Expected]] = defaultdict(list)
         self._open: dict[int, Answer] = {}
+        self._failures: defaultdict[tuple[int, int], Counter[int]] = defaultdict(Counter)  # (cookie, start): errors
         self._layout = ">IHHQQQ" if agreed.extended else ">IHHQQI"
         self._header = struct.calcsize(self._layout)
         self._long = rules.buffer - self._header  # a longer request is taken in pieces
@@ -129,9 +131,11 @@ class Transmission:
         if taken is not None:
             self._leave(requests[seen:], self._sent.position - begin, said_disconnect=end is None)
         self._answers()
+        for (cookie, start), errors in self._failures.items():
+            self._match(cookie, start, errors)
         if not self._cut:
             late = [expected.request for waiting in self._waiting.values() for expected in waiting]
-            assert not late, f"not answered: {late}"
+            assert len(late) == sum(map(Counter.total, self._failures.values())), f"not answered, among others: {late}"
         return end or End.WELL
 
     def _requests(self) -> tuple[list[Request], End | None]:
@@ -303,9 +307,22 @@ class Transmission:
         self._chunk(kind, Reader(received.take(length)), answer, last=bool(flags))
         if flags:
             del self._open[cookie]
+            if answer.error:
+                assert not answer.contents
+                assert not answer.extents
+                self._failures[cookie, answer.start][answer.error] += 1
+                return
             fits = [expected for expected in self._waiting[cookie] if self._fits(expected, answer)]
             assert fits, f"{answer} is no answer to any of {self._waiting[cookie]}"
-            self._waiting[cookie].remove(min(fits, key=_choice))
+            # Of several with this cookie, one that a simple reply could not answer.
+            self._waiting[cookie].remove(min(fits, key=lambda one: one.request.command not in (READ, BLOCK_STATUS)))
+
+    def _match(self, cookie: int, start: int, errors: Counter[int]) -> None:
+        """Check that each error can be the answer to a request of its own: by Hall's theorem, if any choice can."""
+        waiting = [one for one in self._waiting[cookie] if not self._agreed.extended or one.request.offset == start]
+        for choice in chain.from_iterable(combinations(errors, count) for count in range(1, len(errors) + 1)):
+            possible = sum(not one.errors.isdisjoint(choice) for one in waiting)
+            assert sum(errors[error] for error in choice) <= possible, f"{errors} are no answers to {waiting}"
 
     def _simple(self, cookie: int, error: int) -> None:
         """Find the request that a simple reply answers. Of several, the one that returns the most."""
@@ -313,21 +330,18 @@ class Transmission:
         # With structured replies, errors and contents come in chunks.
         assert not self._agreed.structured or error == 0
         assert waiting, f"the reply to {cookie:#x}, which was not asked"
-        for expected in sorted(waiting, key=lambda expected: (-len(expected.data), len(expected.errors))):
-            command = expected.request.command
-            if self._agreed.structured and command in (READ, BLOCK_STATUS):
+        if error:
+            self._failures[cookie, 0][error] += 1
+            return
+        for expected in sorted(waiting, key=lambda expected: -len(expected.data)):
+            if expected.errors or (self._agreed.structured and expected.request.command in (READ, BLOCK_STATUS)):
                 continue
-            if error:
-                fits = error in expected.errors
-            else:
-                ahead = received.data[received.position : received.position + len(expected.data)]
-                fits = not expected.errors and (ahead == expected.data or self._is_cut(expected, ahead))
-            if fits:
-                received.position += len(expected.data) if not error else 0
-                received.position = min(received.position, len(received.data))
+            ahead = received.data[received.position : received.position + len(expected.data)]
+            if ahead == expected.data or self._is_cut(expected, ahead):
+                received.position += len(ahead)
                 waiting.remove(expected)
                 return
-        raise AssertionError(f"{cookie:#x} was answered with {error}, at {received.position}, to {waiting}")
+        raise AssertionError(f"{cookie:#x} was answered without error, at {received.position}, to {waiting}")
 
     def _is_cut(self, expected: Expected, ahead: bytes) -> bool:
         """Say whether data end where the client had enough."""
@@ -365,12 +379,10 @@ class Transmission:
         assert not payload.left
 
     def _fits(self, expected: Expected, answer: Answer) -> bool:
-        """Say whether these chunks are what a request has to be answered with."""
+        """Say whether these chunks, none of them an error, are what a request has to be answered with."""
         request = expected.request
         if self._agreed.extended and answer.start != request.offset:
             return False
-        if answer.error:
-            return answer.error in expected.errors and not answer.contents and not answer.extents
         if expected.errors or sorted(answer.extents) != sorted(expected.contexts):
             return False
         if request.flags & DF and len(answer.contents) > 1:
@@ -404,8 +416,3 @@ class Transmission:
         if expected.request.flags & REQ_ONE:
             return len(extents) == 1
         return position == end
-
-
-def _choice(expected: Expected) -> tuple[bool, int]:
-    """Of several requests with one cookie, a chunk answers the one that the fewest other answers could be for."""
-    return expected.request.command not in (READ, BLOCK_STATUS), len(expected.errors)

@@ -96,3 +96,15 @@ def test_a_client_that_only_stops_sending_gets_its_answers(
     serve(server, opened)
     assert len(client.recv(65536)) == 32 * 16
     assert read(opened.device, 0, 32 * PAGE_SIZE) == NEW[: 32 * PAGE_SIZE]
+
+
+def test_a_disconnect_behind_what_is_no_request_does_not_count(
+    pair: tuple[socket.socket, socket.socket], opened: OpenDevice
+) -> None:
+    client, server = pair
+    no_request = bytes(len(request(DISC, 0)))
+    client.sendall(page_writes(4) + no_request + request(DISC, 5))
+    client.close()
+    with pytest.raises(ClientLeftError):
+        serve(server, opened)
+    assert read(opened.device, 0, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)

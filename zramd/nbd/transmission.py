@@ -116,7 +116,9 @@ class Transmission:
             magic, flags, command, cookie, offset, length = header
             after = start + size
             if magic != wanted or length > long or command == _DISC:
-                stop, start = header, after
+                stop = header
+                if magic == wanted:
+                    start = after
                 break
             begin = after
             if flags & _PAYLOAD_LEN if extended else command == _WRITE:
