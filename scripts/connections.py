@@ -186,8 +186,7 @@ class Subject(Server):
     @classmethod
     def begin(cls, directory: Path, limits: dict[str, int], certificates: Path | None) -> "Subject":
         """Start it, with its sockets in `directory`."""
-        names = (directory / f"zramd.{suffix}" for suffix in ("nbd", "status", "log", "toml"))
-        unix, status, log, config = names
+        unix, status, config = (directory / f"zramd.{suffix}" for suffix in ("nbd", "status", "toml"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             host, port = free.getsockname()
@@ -198,12 +197,7 @@ class Subject(Server):
             "[limits]\n" + "".join(f"{key} = {value}\n" for key, value in limits.items()) + "[zram0]\n"
             f"volatile = true\nsize = {SIZE}\nstatus = {json.dumps(str(status))}\n"
         )
-        command: list[str | Path] = [sys.executable, "-m", "zramd", "serve", "--config", config]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        subject = cls(unix, status, log, process)
+        subject = cls.launch(directory, "--config", config)
         subject.tcp = (host, port)
         return subject
 

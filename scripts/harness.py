@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from zramd.attach import AttachError
 from zramd.attach.kernel import NbdDevice, has_nbd
@@ -107,11 +108,17 @@ class Server:
     peak: Sample | None = None
 
     @classmethod
-    def start(cls, directory: Path, *options: str) -> "Server":
+    def start(cls, directory: Path, *options: str) -> Self:
         """Start the daemon, with its sockets in `directory`."""
+        return cls.launch(
+            directory, "--volatile", *options, "--unix", directory / "zramd.nbd", "--status", directory / "zramd.status"
+        )
+
+    @classmethod
+    def launch(cls, directory: Path, *options: str | Path) -> Self:
+        """Start the daemon with options that put its sockets, zramd.nbd and zramd.status, into `directory`."""
         nbd, status, log = directory / "zramd.nbd", directory / "zramd.status", directory / "zramd.log"
-        command: list[str | Path] = [sys.executable, "-m", "zramd", "serve", "--volatile"]
-        command += [*options, "--unix", nbd, "--status", status]
+        command: list[str | Path] = [sys.executable, "-m", "zramd", "serve", *options]
         with log.open("wb") as output:
             # A session of its own: Ctrl-C must not stop it while it is mounted.
             process = subprocess.Popen(

@@ -5,9 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.conftest import ServerProcess
+from tests.conftest import ServerProcess, wait_until_served
 
 MODULE = [sys.executable, "-m", "zramd"]
 
@@ -38,7 +36,5 @@ def start_configured(directory: Path, text: str, *options: str) -> ServerProcess
     """
     command = [*MODULE, "serve", "--config", str(write_config(directory, text)), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if not any(line.startswith("status:") for line in process.stdout):
-        pytest.fail(f"the server did not start: {process.communicate(timeout=30)[1]}")
+    wait_until_served(process)
     return ServerProcess(process, *(directory / f"zram0.{socket}" for socket in ("nbd", "status", "admin")))

@@ -47,6 +47,17 @@ class ServerProcess:
         return self.process.returncode, errors
 
 
+def wait_until_served(process: subprocess.Popen[str]) -> list[str]:
+    """Return what a server says until it serves."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("status: "):
+            return lines
+    pytest.fail(f"the server did not start: {process.communicate(timeout=30)[1]}")
+
+
 def start_server(directory: Path, *options: str, volatile: bool = True) -> ServerProcess:
     """Start a server with its sockets in `directory`, and wait until it serves."""
     unix, status, admin = (directory / f"zram0.{socket}" for socket in ("nbd", "status", "admin"))
@@ -54,10 +65,7 @@ def start_server(directory: Path, *options: str, volatile: bool = True) -> Serve
     if volatile:
         command.append("--volatile")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if not any(line.startswith("status:") for line in process.stdout):
-        _, errors = process.communicate()
-        pytest.fail(f"the server did not start: {errors}")
+    wait_until_served(process)
     return ServerProcess(process, unix, status, admin)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from zramd.device.codecs import parse_codec
 from zramd.device.opening import Wanted
 from zramd.nbd.access import Access
-from zramd.nbd.limits import Limits
+from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.protocol import MAX_STRING
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX, make_runtime_directory, state_directory
@@ -178,7 +178,7 @@ def _tls(table: Table) -> TlsSettings:
 
 
 def _limits(table: Table) -> Limits:
-    default = Limits()
+    default = DEFAULT_LIMITS
     return Limits(
         handshake_seconds=table.take("handshake-seconds", _number(1, 3600), default.handshake_seconds),
         option=table.take("option-size", _size(4096, MAX_LIMIT), default.option),
@@ -234,11 +234,7 @@ def find_user(value: str | int) -> int:
     Raises:
         ValueError: there is no such user.
     """
-    text = _string(value)
-    try:
-        return _id(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
-    except KeyError:
-        raise ValueError(f"there is no user {text!r}") from None
+    return _find(value, "user", lambda name: pwd.getpwnam(name).pw_uid)
 
 
 def find_group(value: str | int) -> int:
@@ -247,15 +243,15 @@ def find_group(value: str | int) -> int:
     Raises:
         ValueError: there is no such group.
     """
+    return _find(value, "group", lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _find(value: str | int, kind: str, by_name: Callable[[str], int]) -> int:
     text = _string(value)
     try:
-        return _id(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+        number = int(text) if text.isdecimal() else by_name(text)
     except KeyError:
-        raise ValueError(f"there is no group {text!r}") from None
-
-
-def _id(text: str) -> int:
-    number = int(text)
+        raise ValueError(f"there is no {kind} {text!r}") from None
     if number > MAX_ID:
         raise ValueError(f"{text} is not the number of a user or group")
     return number

@@ -57,9 +57,9 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             gc.collect()
             gc.freeze()
             signal.sigwait(stop_signals)
-        for disk, kept in zip(daemon.disks, settings.disks, strict=True):
-            if kept.state is not None and disk.leave():
-                announce(f"stopped; the contents stay in {kept.state} until it is removed or the machine restarts")
+        for disk, chosen in daemon.disks:
+            if chosen.state is not None and disk.leave():
+                announce(f"stopped; the contents stay in {chosen.state} until it is removed or the machine restarts")
     except (StateError, NoMemoryError, RegionError, ListenError, TlsError) as error:
         raise DaemonError(str(error)) from error
 
@@ -88,13 +88,10 @@ class _Daemon:
             listeners += listen_tcp(host, port)
         for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
-        self.disks = [_open_disk(disk) for disk in settings.disks]
-        exports = [
-            Export(disk.name, chosen.description, disk, chosen.read_only)
-            for disk, chosen in zip(self.disks, settings.disks, strict=True)
-        ]
+        self.disks = [(_open_disk(chosen), chosen) for chosen in settings.disks]
+        exports = [Export(disk.name, chosen.description, disk, chosen.read_only) for disk, chosen in self.disks]
         server = Server(Exports(exports), settings.limits, settings.access, tls.mode, context)
-        for disk, chosen in zip(self.disks, settings.disks, strict=True):
+        for disk, chosen in self.disks:
             self._serve_attributes(disk, chosen)
         sockets.callback(_stop, server)
         for listener in listeners:
@@ -106,7 +103,7 @@ class _Daemon:
         """Open the status and the admin socket of a disk, unless they are among those of socket activation."""
         if chosen.status is None or chosen.admin is None:
             return
-        served = Served(disk, self._uris(disk), chosen.admin)
+        served = Served(disk, self._uris(disk.name), chosen.admin)
         status_name, admin_name = _socket_names(self._settings, chosen)
         reading = self._named.get(status_name)
         if reading is None:
@@ -123,16 +120,17 @@ class _Daemon:
         self._sockets.callback(status.stop, 0)
         self._sockets.callback(admin.stop, 0)
 
-    def _uris(self, disk: Disk) -> tuple[str, ...]:
-        name = "" if disk.name == self._settings.disks[0].name else disk.name
+    def _uris(self, name: str) -> tuple[str, ...]:
+        """Return where clients find a disk; the first needs no name."""
+        path = "" if name == self._settings.disks[0].name else name
         scheme = "nbds" if self._settings.tls.mode is TlsMode.REQUIRE else "nbd"
-        unix = [f"{scheme}+unix:///{name}?socket={quote(str(address.path))}" for address in self._unix]
-        tcp = [f"{scheme}://{_authority(host, port)}{name and '/' + name}" for host, port in self._settings.tcp]
+        unix = [f"{scheme}+unix:///{path}?socket={quote(str(address.path))}" for address in self._unix]
+        tcp = [f"{scheme}://{_authority(host, port)}{path and '/' + path}" for host, port in self._settings.tcp]
         return (*unix, *tcp)
 
     def introduction(self) -> Iterator[str]:
         """Yield what there is to say to who started the daemon."""
-        for disk, chosen in zip(self.disks, self._settings.disks, strict=True):
+        for disk, chosen in self.disks:
             opened = disk.opened
             where = "a memfd (volatile)" if chosen.state is None else str(chosen.state)
             if opened is None:
@@ -146,7 +144,7 @@ class _Daemon:
                 if opened.recovered:
                     stored = opened.device.mm_stat().orig_data_size
                     yield f"recovered: {format_size(stored)} of data that an earlier run left"
-            for uri in self._uris(disk):
+            for uri in self._uris(disk.name):
                 yield f"NBD URI: {uri}"
         if self._activated:
             yield f"NBD on {len(self._activated)} sockets of LISTEN_FDS"
@@ -169,10 +167,11 @@ class _Daemon:
                 return f"nbd-client -unix {shlex.quote(str(self._unix[0].path))} /dev/nbd0 -b {PAGE_SIZE}"
             host, port = self._settings.tcp[0]
             return f"nbd-client {host} {port} /dev/nbd0 -b {PAGE_SIZE}"
-        place = self._unix[0].path if self._unix else make_runtime_directory() / self.disks[0].name
+        first = self._settings.disks[0].name
+        place = self._unix[0].path if self._unix else make_runtime_directory() / first
         directory = shlex.quote(str(place.with_suffix(".mnt")))
         return (
-            f"mkdir -p {directory}; nbdfuse {directory}/nbd '{self._uris(self.disks[0])[0]}' & "
+            f"mkdir -p {directory}; nbdfuse {directory}/nbd '{self._uris(first)[0]}' & "
             f"sleep 1; losetup --find --show --direct-io=on --sector-size={PAGE_SIZE} {directory}/nbd"
         )
 

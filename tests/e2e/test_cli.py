@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from tests.conftest import ServerProcess, start_server
+from tests.conftest import ServerProcess, start_server, wait_until_served
 from tests.nbd_bytes import (
     FLUSH,
     READ,
@@ -110,13 +110,7 @@ class User:
     def serve(self, *arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
         """Start a server and return what it says when it serves."""
         process = self.popen("serve", *arguments)
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("status: "):
-                return process, lines
-        pytest.fail(f"the server did not start: {process.communicate(timeout=30)[1]}")
+        return process, wait_until_served(process)
 
 
 def make_user(uid: int, home: Path) -> User:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.certificates import make_certificates
 from tests.configured import MODULE, disk_table, quoted, start_configured, write_config
-from tests.conftest import ServerProcess
+from tests.conftest import ServerProcess, wait_until_served
 from tests.e2e.test_cli import assert_refused, kill, write_and_check, zramd
 from tests.e2e.test_cli import holds as holds_by_default
 from tests.interop.test_tools import free_port
@@ -25,6 +25,7 @@ from tests.nbd_bytes import (
     ABORT,
     ACK,
     DISC,
+    EPERM,
     EXPORT_NAME,
     GREETING,
     LIST,
@@ -48,7 +49,6 @@ from zramd.status.client import ask
 
 MIB = 1 << 20
 DATA = bytes(make_data("half", 11, 300_000))
-EPERM = 1
 READ_ONLY = 2
 
 ACTIVATOR = """
@@ -472,15 +472,12 @@ def popen_activated(
             os.close(fd)
 
 
-def wait_until_served(process: subprocess.Popen[str]) -> list[str]:
-    """Return what a server says until it serves."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("status:"):
-            return lines
-    pytest.fail(f"the server did not start: {process.communicate(timeout=30)[1]}")
+def popen_activated_beside(
+    directory: Path, fd: int, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start zramd as systemd does, with a socket and with the option to listen on `own` in the directory too."""
+    disk = ("--volatile", "--size", "8M", "--status", directory / "s")
+    return popen_activated([fd], "serve", *disk, "--unix", directory / "own", environment=environment)
 
 
 def test_libnbd_activates_a_server(tmp_path: Path) -> None:
@@ -522,16 +519,7 @@ def test_all_sockets_of_activation_are_served_and_are_left_where_they_are(tmp_pa
 
 def test_sockets_of_activation_are_served_beside_those_that_are_asked_for(tmp_path: Path) -> None:
     with listen(tmp_path / "given") as given:
-        options: list[str | Path] = [
-            "--volatile",
-            "--size",
-            "8M",
-            "--status",
-            tmp_path / "s",
-            "--unix",
-            tmp_path / "own",
-        ]
-        process = popen_activated([given.fileno()], "serve", *options)
+        process = popen_activated_beside(tmp_path, given.fileno())
         wait_until_served(process)
         write_and_check(tmp_path / "own")
         assert holds_by_default(tmp_path / "given")
@@ -585,16 +573,7 @@ def test_sockets_with_the_names_of_status_and_admin_are_these(tmp_path: Path, di
 )
 def test_sockets_that_are_for_another_process_are_ignored(tmp_path: Path, environment: dict[str, str]) -> None:
     with listen(tmp_path / "given") as given:
-        options: list[str | Path] = [
-            "--volatile",
-            "--size",
-            "8M",
-            "--status",
-            tmp_path / "s",
-            "--unix",
-            tmp_path / "own",
-        ]
-        process = popen_activated([given.fileno()], "serve", *options, environment=environment)
+        process = popen_activated_beside(tmp_path, given.fileno(), environment)
         lines = wait_until_served(process)
         assert not any("LISTEN_FDS" in line for line in lines)
         assert listed_at(tmp_path / "own") == ["zram0"]

@@ -1,5 +1,6 @@
 """The fuzzer's checks without the fuzzer: its seeds, sessions that hypothesis makes, and that the oracle is awake."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,7 +156,5 @@ def test_any_transmission_goes_as_the_protocol_asks(world: World, data: bytes) -
 @settings(max_examples=150)
 @given(seed=st.randoms(use_true_random=False), path=st.sampled_from(sorted(CORPUS.iterdir())))
 def test_what_the_fuzzer_makes_of_a_seed_goes_as_the_protocol_asks(world: World, seed: object, path: Path) -> None:
-    import random
-
     assert isinstance(seed, random.Random)
     world.run(frames.mutate(path.read_bytes(), 65536, seed))

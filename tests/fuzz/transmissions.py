@@ -12,7 +12,6 @@ from tests.fuzz.handshakes import Agreed, End
 from tests.fuzz.stream import PAGE, EndError, Reader, Rules
 from tests.nbd_bytes import (
     BLOCK_STATUS,
-    CACHE,
     DATA_CHUNK,
     DF,
     DISC,
@@ -24,8 +23,8 @@ from tests.nbd_bytes import (
     ERROR_CHUNK,
     ERROR_OFFSET_CHUNK,
     FAST_ZERO,
+    FLAGS,
     FLUSH,
-    FUA,
     HOLE_CHUNK,
     LONG_STATUS_CHUNK,
     NO_CHUNK,
@@ -42,16 +41,6 @@ from tests.nbd_bytes import (
 HOLE, ZERO = 1, 2
 ALLOCATION = 1
 CHANGING = (WRITE, TRIM, WRITE_ZEROES)
-FLAGS = {
-    READ: FUA,
-    WRITE: FUA,
-    FLUSH: FUA,
-    TRIM: FUA,
-    CACHE: FUA,
-    WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
-    BLOCK_STATUS: FUA | REQ_ONE,
-}
-"""FLUSH is followed by no range; whatever stands there means nothing."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,11 @@ from tests.nbd_bytes import (
     ACK,
     DISC,
     ERR_INVALID,
+    ERR_POLICY,
+    ERR_TLS_REQD,
     ERR_UNSUP,
     EXPORT_NAME,
+    EXTENDED_HEADERS,
     FLUSH,
     GO,
     GREETING,
@@ -33,6 +36,9 @@ from tests.nbd_bytes import (
     LIST,
     READ,
     REPLY_BYTES,
+    SET_META_CONTEXT,
+    STARTTLS,
+    STRUCTURED_REPLY,
     client_flags,
     info_request,
     option,
@@ -46,8 +52,6 @@ from tests.nbd_bytes import (
 from tests.property.test_device import make_data
 
 MIB = 1 << 20
-STARTTLS, STRUCTURED_REPLY, SET_META_CONTEXT, EXTENDED_HEADERS = 5, 8, 10, 11
-ERR_POLICY, ERR_TLS_REQD = 0x80000002, 0x80000005
 OPTION_REPLY_BYTES = 20
 SEND_DF = 1 << 7
 ALLOCATION = struct.pack(">I", 0) + struct.pack(">II", 1, 15) + b"base:allocation"

@@ -19,12 +19,12 @@ from tests.nbd_bytes import (
     ERROR_OFFSET_CHUNK,
     EXTENDED,
     FAST_ZERO,
+    FLAGS,
     FLUSH,
     FUA,
     NO_HOLE,
     PAYLOAD_LEN,
     READ,
-    REQ_ONE,
     SIMPLE,
     STRUCTURED,
     TRIM,
@@ -141,17 +141,7 @@ def test_each_command_is_answered_in_the_dialect(opened: OpenDevice, dialect: Di
     )
 
 
-ALLOWED = {
-    READ: FUA,
-    WRITE: FUA,
-    FLUSH: FUA,
-    TRIM: FUA,
-    CACHE: FUA,
-    WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
-    BLOCK_STATUS: FUA | REQ_ONE,
-    8: 0,
-    0xFFFF: 0,
-}
+ALLOWED = FLAGS | {8: 0, 0xFFFF: 0}
 
 
 @every_dialect

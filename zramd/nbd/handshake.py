@@ -139,6 +139,8 @@ class Handshake:
                 session = self._answer(option, data)
             except RefusedError as error:
                 self._reply(option, error.reply, str(error).encode())
+            except UninitialisedError as error:
+                self._reply(option, OptionReply.ERR_UNKNOWN, str(error).encode())
             else:
                 if session is not None:
                     return session
@@ -183,8 +185,8 @@ class Handshake:
             raise SessionError("EXPORT_NAME after EXTENDED_HEADERS")
         try:
             export = self._find(decode(data, self._limits.name))
-            opened = self._open(export)
-        except RefusedError as error:
+            opened = self._connect(export)
+        except (RefusedError, UninitialisedError) as error:
             raise SessionError(str(error)) from error
         terms = self._terms(export)
         reply = EXPORT.pack(opened.device.disksize, export.flags(terms))
@@ -196,12 +198,6 @@ class Handshake:
         if export is None:
             raise RefusedError(OptionReply.ERR_UNKNOWN, "no such export")
         return export
-
-    def _open(self, export: Export) -> OpenDevice:
-        try:
-            return self._connect(export)
-        except UninitialisedError as error:
-            raise RefusedError(OptionReply.ERR_UNKNOWN, str(error)) from error
 
     def _terms(self, export: Export) -> Terms:
         """Return the terms for an export: contexts count only for the one that they were chosen for."""
@@ -265,13 +261,10 @@ class Handshake:
         terms = self._terms(export)
         session = None
         if option is Option.GO:
-            session = Session(self._sock, self._open(export), terms)
+            session = Session(self._sock, self._connect(export), terms)
             disksize = session.opened.device.disksize
         else:
-            try:
-                disksize = export.disk.require_disksize()
-            except UninitialisedError as error:
-                raise RefusedError(OptionReply.ERR_UNKNOWN, str(error)) from error
+            disksize = export.disk.require_disksize()
         self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, disksize, export.flags(terms)))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode())
