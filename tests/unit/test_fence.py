@@ -98,11 +98,15 @@ def test_a_client_that_only_stops_sending_gets_its_answers(
     assert read(opened.device, 0, 32 * PAGE_SIZE) == NEW[: 32 * PAGE_SIZE]
 
 
+@pytest.mark.parametrize(
+    "no_request",
+    [bytes(len(request(DISC, 0))), b"%" + write_request(5, 0, b"data")[1:]],
+    ids=["zeros", "a write but for its magic"],
+)
 def test_a_disconnect_behind_what_is_no_request_does_not_count(
-    pair: tuple[socket.socket, socket.socket], opened: OpenDevice
+    pair: tuple[socket.socket, socket.socket], opened: OpenDevice, no_request: bytes
 ) -> None:
     client, server = pair
-    no_request = bytes(len(request(DISC, 0)))
     client.sendall(page_writes(4) + no_request + request(DISC, 5))
     client.close()
     with pytest.raises(ClientLeftError):

@@ -85,8 +85,9 @@ class Transmission:
                 batch, stop = self._parse()
                 if stop is not None:
                     magic, flags, command, _, _, length = stop
-                    inbox.leaving = command == _DISC and magic == inbox.magic
-                    inbox.payload_left = length if inbox.has_payload(flags, command) else 0
+                    is_request = magic == inbox.magic
+                    inbox.leaving = is_request and command == _DISC
+                    inbox.payload_left = length if is_request and inbox.has_payload(flags, command) else 0
                 self._apply(batch)
                 if stop is None:
                     if inbox.end == end:
