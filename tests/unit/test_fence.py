@@ -100,7 +100,7 @@ def test_a_client_that_only_stops_sending_gets_its_answers(
 
 @pytest.mark.parametrize(
     "no_request",
-    [bytes(len(request(DISC, 0))), b"%" + write_request(5, 0, b"data")[1:]],
+    [bytes(len(request(DISC, 0))), b"\0" + write_request(5, 0, b"data")[1:]],
     ids=["zeros", "a write but for its magic"],
 )
 def test_a_disconnect_behind_what_is_no_request_does_not_count(
