@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.nbd_bytes import DISC, TRIM, request, wait_until_taken, write_request
+from tests.nbd_bytes import DISC, HEADER_BYTES, TRIM, WRITE, request, wait_until_taken, write_request
 from tests.property.test_device import make_data, read, write
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
@@ -100,7 +100,7 @@ def test_a_client_that_only_stops_sending_gets_its_answers(
 
 @pytest.mark.parametrize(
     "no_request",
-    [bytes(len(request(DISC, 0))), b"\0" + write_request(5, 0, b"data")[1:]],
+    [bytes(len(request(DISC, 0))), b"\0" + request(WRITE, 5, 0, HEADER_BYTES)[1:]],
     ids=["zeros", "a write but for its magic"],
 )
 def test_a_disconnect_behind_what_is_no_request_does_not_count(
