@@ -39,6 +39,19 @@ zspage hold whatever was there before; the private count `fresh` bounds them.
 Crash rule. A write allocates an object and its handle, copies the payload in, stores the page-table entry (one aligned
 8-byte store), and only then frees what the old entry held. An object that no entry reaches is free.
 An element is stored before the entry that refers to it; where only the pattern changes, the element is the commit.
+
+Private memory, which both engines work on, is zeroed at start and rebuilt from the regions:
+
+    zspage record, 16 bytes, one array for each arena; a list link is a zspage + 1, 0 being none:
+
+     0      2      4       6            7        8           12          16
+    +------+------+-------+------------+--------+-----------+-----------+
+    | used | free | fresh | size class | unused | following | preceding |
+    +------+------+-------+------------+--------+-----------+-----------+
+      used: objects in use   free: head of the zspage's free list, index + 1   fresh: objects ever allocated, the rest
+      being free in ascending order   size class: index + 1, 0 for a zspage that is not in use
+
+    records of words:  `ArenaRecord`, `ClassRecord`, `PoolRecord` and `DeviceRecord`
 """
 
 from enum import IntEnum
@@ -98,7 +111,7 @@ class Superblock(IntEnum):
     MEM_LIMIT = 8  # pages, 0: none
     BOOT_ID = 10  # two words: the boot under which the regions are in use; 0: they were left in order
     CODECS = 16  # four times six words
-    # Lifetime counters, brought up to date once for each batch of requests.
+    # Lifetime counters.
     MEM_USED_MAX = 64  # pages
     PAGES_COMPACTED = 65
     HUGE_PAGES_SINCE = 66
@@ -109,6 +122,57 @@ class Superblock(IntEnum):
     READ_SECTORS = 71  # of 512 bytes
     WRITES = 72
     WRITE_SECTORS = 73
+
+
+ZSPAGE_BYTES = 16
+ZSPAGE_USED, ZSPAGE_FREE, ZSPAGE_FRESH = 0, 1, 2
+"""Offsets in a zspage record in halves of 32 bits."""
+ZSPAGE_CLASS = 6
+"""In bytes."""
+ZSPAGE_FOLLOWING, ZSPAGE_PRECEDING = 2, 3
+"""In units of 32 bits."""
+
+FULLNESS_GROUPS = 12
+FULL = FULLNESS_GROUPS - 1
+
+
+class ArenaRecord(IntEnum):
+    """Private words of an arena."""
+
+    POPULATED = 0  # free zspages with memory: the height of their stack
+    RESERVE = 1  # how many of them are kept at most
+
+
+class ClassRecord(IntEnum):
+    """Private words of a size class."""
+
+    FILLED = 0  # bit for each fullness group whose list is not empty
+    ZSPAGES = 1
+    LIVE = 2  # objects in use
+    HEADS = 3  # a word for each fullness group: the first zspage of its list, + 1
+    COUNTS = HEADS + FULLNESS_GROUPS  # a word for each fullness group: the length of its list
+    END = COUNTS + FULLNESS_GROUPS
+
+
+class PoolRecord(IntEnum):
+    """Private words of a pool."""
+
+    PAGES = 0  # in zspages, the kernel's zs_get_total_pages
+    FREE_HANDLE = 1  # head of the list of free handles
+    NEXT_HANDLE = 2  # the first that was never used
+    READY_HANDLES = 3  # how many may be touched
+    END = 4
+
+
+class DeviceRecord(IntEnum):
+    """Private words of a device."""
+
+    PAGES_STORED = 0
+    COMPR_DATA_SIZE = 1
+    SAME_PAGES = 2
+    HUGE_PAGES = 3
+    NOTED_PAGES = 4  # up to so many in the pool nothing is to be noted: the mark is as high, the limit is no lower
+    END = 5
 
 
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from zramd.layout import PAGE_SIZE
+from zramd.layout import PAGE_SIZE, WORD
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 FALLOC_FL_KEEP_SIZE = 1
@@ -106,6 +106,30 @@ class Region:
         self.bytes.release()
         self.map.close()
         os.close(self.fd)
+
+
+def private_memory(size: int) -> memoryview:
+    """Return at least `size` zeroed bytes of this process that cost nothing until they are touched.
+
+    A memfd: the kernel does not count what is not touched against its limit of committed memory, as it would for
+    anonymous memory where overcommitting is forbidden.
+    """
+    size = round_up_to_page(size)
+    fd = os.memfd_create("zramd-private")
+    try:
+        os.ftruncate(fd, size)
+        memory = mmap.mmap(fd, size)
+    except OSError as error:
+        raise NoMemoryError(f"cannot map {size} bytes: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    memory.madvise(mmap.MADV_DONTDUMP)
+    return memoryview(memory)
+
+
+def record(words: int) -> memoryview:
+    """Return private words, all 0."""
+    return memoryview(bytearray(words * WORD)).cast("Q")
 
 
 class SparseTable:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from zramd.layout import HANDLE_INDEX_MASK, HANDLE_INDEX_SHIFT, PAGE_SIZE
+from zramd.layout import FULL, FULLNESS_GROUPS, HANDLE_INDEX_MASK, HANDLE_INDEX_SHIFT, PAGE_SIZE
 from zramd.memory import Region, RegionStore
 from zramd.zsmalloc import FitRule, Pool, SizeClass, compact, geometry
-from zramd.zsmalloc.classes import FULL, FULLNESS_GROUPS, fullness_group
+from zramd.zsmalloc.classes import fullness_group
 from zramd.zsmalloc.recovery import recover
 from zramd.zsmalloc.stats import class_stats
 

@@ -101,7 +101,7 @@ def test_discard_counts_every_page_and_write_zeroes_frees_them(opened: OpenDevic
     write(device, 0, RAW)
     with device:
         device.discard(0, 10 * PAGE_SIZE)
-        assert device.io_stat().notify_free == 10
+    assert device.io_stat().notify_free == 10
     write(device, 0, RAW)
     with device:
         device.write_zeroes(0, PAGE_SIZE)

@@ -169,7 +169,7 @@ class OpenDevice:
             RegionError: the file system failed.
         """
         with self.device.lock:
-            self.device.retired = True
+            self.device.retire()
             regions = {region.name: region for region in self.regions}
             for name in (_PAGE_TABLE, _SUPERBLOCK):
                 regions[name].punch(0, regions[name].size)

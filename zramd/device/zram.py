@@ -26,10 +26,12 @@ from zramd.layout import (
     PAGE_SHIFT,
     PAGE_SIZE,
     WORD,
+    DeviceRecord,
     PageState,
+    PoolRecord,
     Superblock,
 )
-from zramd.memory import NoMemoryError, Region, SparseTable
+from zramd.memory import NoMemoryError, Region, SparseTable, record
 from zramd.zsmalloc import DamagedError, Pool, compact, recover
 from zramd.zsmalloc.stats import ClassStat, class_stats
 
@@ -45,6 +47,10 @@ _SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
 _COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
 _HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
 _HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
+_POOL_PAGES = int(PoolRecord.PAGES)
+_PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, _ = map(int, DeviceRecord)
+_READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
+_WRITES, _WRITE_SECTORS = int(Superblock.WRITES), int(Superblock.WRITE_SECTORS)
 _NEVER_SET = ENTRY_RESERVED_MASK | ENTRY_PRIORITY_MASK << ENTRY_PRIORITY_SHIFT
 
 
@@ -59,8 +65,8 @@ class PageError(Exception):
 class Device:
     """One zram device on its regions.
 
-    `identity` says what it is. `lock` guards what says "the caller holds the lock"; `with device:` holds it for a batch
-    and saves the counters at the end.
+    `identity` says what it is. `lock` guards what says "the caller holds the lock"; `with device:` holds it for a
+    batch. Lifetime counters stand in the superblock, the others in `record` (see zramd/layout.py).
     """
 
     def __init__(
@@ -72,35 +78,18 @@ class Device:
         self.retired = False  # the regions are gone
         self.pool = pool
         self._compacting = threading.Lock()
+        self.record = record(DeviceRecord.END)
         self._words = superblock.words
         self._table = table
         self._elements = elements
         self._decompress = identity.codec.decompressor()
         self._huge_limit = pool.geometry.huge_limit
         self._scratch = self.stream(bytearray(PAGE_SIZE))
-        self._limit_pages = self._words[Superblock.MEM_LIMIT]
-        self._max_pages = self._words[Superblock.MEM_USED_MAX]
-        self._noted_pages = 0  # nothing is to be noted up to here: the mark is as high, and the limit is no lower
-        self._pages_compacted = self._words[Superblock.PAGES_COMPACTED]
-        self._huge_pages_since = self._words[Superblock.HUGE_PAGES_SINCE]
-        self._failed_reads = self._words[Superblock.FAILED_READS]
-        self._failed_writes = self._words[Superblock.FAILED_WRITES]
-        self._notify_free = self._words[Superblock.NOTIFY_FREE]
-        self._reads = self._words[Superblock.READS]
-        self._read_sectors = self._words[Superblock.READ_SECTORS]
-        self._writes = self._words[Superblock.WRITES]
-        self._write_sectors = self._words[Superblock.WRITE_SECTORS]
-        self._pages_stored = 0
-        self._compr_data_size = 0
-        self._same_pages = 0
-        self._huge_pages = 0
 
     def __enter__(self) -> None:
         self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        if not self.retired:
-            self._save_counters()
         self.lock.release()
 
     def stream(self, buffer: bytearray) -> Stream:
@@ -113,8 +102,8 @@ class Device:
         Raises:
             PageError: a page is damaged; `out` is as it was.
         """
-        self._reads += 1
-        self._read_sectors += length >> 9
+        self._words[_READS] += 1
+        self._words[_READ_SECTORS] += length >> 9
         first = offset >> PAGE_SHIFT
         end = offset + length
         try:
@@ -124,7 +113,7 @@ class Device:
             pages: list[bytes | memoryview] = []
             self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages)
         except PageError:
-            self._failed_reads += 1
+            self._words[Superblock.FAILED_READS] += 1
             raise
         if end & _PAGE_MASK:
             pages[-1] = memoryview(pages[-1])[: end & _PAGE_MASK]
@@ -163,18 +152,18 @@ class Device:
             NoSpaceError: no room for a page: it keeps its old contents, those before it are written, the rest is not.
             PageError: a page covered in part is damaged.
         """
-        self._writes += 1
-        self._write_sectors += length >> 9
+        self._words[_WRITES] += 1
+        self._words[_WRITE_SECTORS] += length >> 9
         try:
             if not (offset | length) & _PAGE_MASK:
                 self._store(offset >> PAGE_SHIFT, prepared)
             else:
                 self._write_unaligned(offset, stream.view[start : start + length], prepared)
         except NoMemoryError as error:
-            self._failed_writes += 1
+            self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
         except (NoSpaceError, PageError):
-            self._failed_writes += 1
+            self._words[Superblock.FAILED_WRITES] += 1
             raise
 
     def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
@@ -200,7 +189,7 @@ class Device:
         chunk, last = index >> _CHUNK_SHIFT, index + len(prepared) - 1 >> _CHUNK_SHIFT
         if chunk != last or not self._table.ready[chunk]:
             self._make_ready(chunk, last)
-        table, pool = self._table.words, self.pool
+        table, pool, record, pool_record = self._table.words, self.pool, self.record, self.pool.record
         for page in prepared:
             if isinstance(page, int):
                 if page:
@@ -210,35 +199,36 @@ class Device:
                     entry = _SAME_FILLED | ENTRY_HAS_ELEMENT
                 else:
                     entry = _SAME_FILLED
-                self._same_pages += 1
+                record[_SAME_PAGES] += 1
             else:
                 length = len(page)
                 handle = pool.malloc(length, page)
-                if pool.pages > self._noted_pages:
+                if pool_record[_POOL_PAGES] > record[_NOTED_PAGES]:
                     self._note_use(handle)
                 if length == PAGE_SIZE:
                     entry = _HUGE | handle
-                    self._huge_pages += 1
-                    self._huge_pages_since += 1
+                    record[_HUGE_PAGES] += 1
+                    self._words[Superblock.HUGE_PAGES_SINCE] += 1
                 else:
                     entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle
-                self._compr_data_size += length
+                record[_COMPR_DATA_SIZE] += length
             old = table[index]
             table[index] = entry
             if not old:
-                self._pages_stored += 1
+                record[_PAGES_STORED] += 1
             elif old & _STATE_MASK == _COMPRESSED:
                 pool.free(old & ENTRY_HANDLE_MASK)
-                self._compr_data_size -= old >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+                record[_COMPR_DATA_SIZE] -= old >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
             else:
                 self._release(old)
             index += 1
 
     def _note_use(self, handle: int) -> None:
         """Raise the high-water mark to what the pool uses now, and then refuse `handle` if that is over the limit."""
-        used, limit = self.pool.pages, self._limit_pages
-        self._max_pages = max(self._max_pages, used)
-        self._noted_pages = min(self._max_pages, limit) if limit else self._max_pages
+        words, used = self._words, self.pool.pages
+        limit = words[Superblock.MEM_LIMIT]
+        highest = words[Superblock.MEM_USED_MAX] = max(words[Superblock.MEM_USED_MAX], used)
+        self.record[_NOTED_PAGES] = min(highest, limit) if limit else highest
         if limit and used > limit:
             self.pool.free(handle)
             raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
@@ -252,12 +242,12 @@ class Device:
         """Free what an entry that is no longer in the table refers to."""
         state = entry & _STATE_MASK
         if state == _SAME_FILLED:
-            self._same_pages -= 1
+            self.record[_SAME_PAGES] -= 1
             return
         self.pool.free(entry & ENTRY_HANDLE_MASK)
-        self._compr_data_size -= entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        self.record[_COMPR_DATA_SIZE] -= entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
         if state == _HUGE_STATE:
-            self._huge_pages -= 1
+            self.record[_HUGE_PAGES] -= 1
 
     def discard(self, offset: int, length: int) -> None:
         """Free the whole pages in a range; they read as zeros. The caller holds the lock.
@@ -268,7 +258,7 @@ class Device:
         end = (offset + length) >> PAGE_SHIFT
         if end <= first:
             return
-        self._notify_free += end - first
+        self._words[Superblock.NOTIFY_FREE] += end - first
         table, ready = self._table.words, self._table.ready
         chunk, stop = (first >> _CHUNK_SHIFT) - 1, ((end - 1) >> _CHUNK_SHIFT) + 1
         while (chunk := ready.find(1, chunk + 1, stop)) >= 0:
@@ -278,7 +268,7 @@ class Device:
                 if entry:
                     table[index] = 0
                     self._release(entry)
-                    self._pages_stored -= 1
+                    self.record[_PAGES_STORED] -= 1
 
     def write_zeroes(self, offset: int, length: int, *, keep: bool = False) -> None:
         """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.
@@ -298,10 +288,10 @@ class Device:
             if whole_end < length:
                 self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
         except NoMemoryError as error:
-            self._failed_writes += 1
+            self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
         except (NoSpaceError, PageError):
-            self._failed_writes += 1
+            self._words[Superblock.FAILED_WRITES] += 1
             raise
         if not keep:
             self.discard(offset, length)
@@ -309,15 +299,14 @@ class Device:
     def set_mem_limit(self, limit: int) -> None:
         """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""
         with self.lock:
-            self._limit_pages = self._words[Superblock.MEM_LIMIT] = -(-limit // PAGE_SIZE)
-            self._noted_pages = 0
+            self._words[Superblock.MEM_LIMIT] = -(-limit // PAGE_SIZE)
+            self.record[_NOTED_PAGES] = 0
 
     def reset_mem_used_max(self) -> None:
         """Set the high-water mark to what is used now. Takes the lock."""
         with self.lock:
-            self._max_pages = self.pool.pages
-            self._noted_pages = 0
-            self._save_counters()
+            self._words[Superblock.MEM_USED_MAX] = self.pool.pages
+            self.record[_NOTED_PAGES] = 0
 
     def compact(self) -> None:
         """Compact the pool, in slices beside I/O. While another thread does so, there is nothing to do."""
@@ -329,22 +318,28 @@ class Device:
 
     def _compact(self) -> Iterator[None]:
         for pages in compact(self.pool):
-            self._pages_compacted += pages
+            self._words[Superblock.PAGES_COMPACTED] += pages
             yield
+
+    def retire(self) -> None:
+        """Let go of the regions; the counters stay what they are. The caller holds the lock."""
+        self.retired = True
+        self._words = memoryview(bytearray(self._words)).cast("Q")
 
     def mm_stat(self) -> MmStat:
         """Return the memory counters of one moment. Takes the lock."""
         with self.lock:
+            words, record = self._words, self.record
             return MmStat(
-                orig_data_size=self._pages_stored * PAGE_SIZE,
-                compr_data_size=self._compr_data_size,
+                orig_data_size=record[_PAGES_STORED] * PAGE_SIZE,
+                compr_data_size=record[_COMPR_DATA_SIZE],
                 mem_used_total=self.pool.pages * PAGE_SIZE,
-                mem_limit=self._limit_pages * PAGE_SIZE,
-                mem_used_max=self._max_pages * PAGE_SIZE,
-                same_pages=self._same_pages,
-                pages_compacted=self._pages_compacted,
-                huge_pages=self._huge_pages,
-                huge_pages_since=self._huge_pages_since,
+                mem_limit=words[Superblock.MEM_LIMIT] * PAGE_SIZE,
+                mem_used_max=words[Superblock.MEM_USED_MAX] * PAGE_SIZE,
+                same_pages=record[_SAME_PAGES],
+                pages_compacted=words[Superblock.PAGES_COMPACTED],
+                huge_pages=record[_HUGE_PAGES],
+                huge_pages_since=words[Superblock.HUGE_PAGES_SINCE],
             )
 
     def states(self, first: int, end: int) -> list[Run]:
@@ -357,26 +352,16 @@ class Device:
             return class_stats(self.pool)
 
     def io_stat(self) -> IoStat:
-        """Return the failure and discard counters."""
-        return IoStat(self._failed_reads, self._failed_writes, 0, self._notify_free)
+        """Return the failure and discard counters. Takes the lock."""
+        with self.lock:
+            words = self._words
+            failed = words[Superblock.FAILED_READS], words[Superblock.FAILED_WRITES]
+            return IoStat(*failed, notify_free=words[Superblock.NOTIFY_FREE])
 
     def request_stat(self) -> RequestStat:
-        """Return the request counters."""
-        return RequestStat(self._reads, self._read_sectors, self._writes, self._write_sectors)
-
-    def _save_counters(self) -> None:
-        """Bring the lifetime counters in the superblock up to date."""
-        words = self._words
-        words[Superblock.MEM_USED_MAX] = self._max_pages
-        words[Superblock.PAGES_COMPACTED] = self._pages_compacted
-        words[Superblock.HUGE_PAGES_SINCE] = self._huge_pages_since
-        words[Superblock.FAILED_READS] = self._failed_reads
-        words[Superblock.FAILED_WRITES] = self._failed_writes
-        words[Superblock.NOTIFY_FREE] = self._notify_free
-        words[Superblock.READS] = self._reads
-        words[Superblock.READ_SECTORS] = self._read_sectors
-        words[Superblock.WRITES] = self._writes
-        words[Superblock.WRITE_SECTORS] = self._write_sectors
+        """Return the request counters. Takes the lock."""
+        with self.lock:
+            return RequestStat(*self._words[_READS : _WRITE_SECTORS + 1])
 
     def recover(self) -> None:
         """Rebuild the private state from the regions.
@@ -388,9 +373,8 @@ class Device:
             recover(self.pool, self._scan())
         except DamagedError as error:
             raise StateError(f"the regions are damaged: {error}") from error
-        # What the last batch counted may not have been saved.
-        self._max_pages = max(self._max_pages, self.pool.pages)
-        self._huge_pages_since = max(self._huge_pages_since, self._huge_pages)
+        # The last write may have been cut short before it was noted.
+        self._words[Superblock.MEM_USED_MAX] = max(self._words[Superblock.MEM_USED_MAX], self.pool.pages)
 
     def entries(self) -> Iterator[tuple[int, int]]:
         """Yield (page, entry) of each page that is not empty. The caller holds the lock."""
@@ -408,13 +392,13 @@ class Device:
             length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
             if entry & _NEVER_SET:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
-            self._pages_stored += 1
+            self.record[_PAGES_STORED] += 1
             if state == _SAME_FILLED:
-                self._same_pages += 1
+                self.record[_SAME_PAGES] += 1
                 continue
             if state == _HUGE_STATE and length == PAGE_SIZE:
-                self._huge_pages += 1
+                self.record[_HUGE_PAGES] += 1
             elif state != _COMPRESSED or not 0 < length < self._huge_limit:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
-            self._compr_data_size += length
+            self.record[_COMPR_DATA_SIZE] += length
             yield entry & ENTRY_HANDLE_MASK, length

@@ -8,14 +8,25 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
-from zramd.layout import PAGE_SIZE
-from zramd.memory import NoMemoryError, Region, RegionError
+from zramd.layout import (
+    PAGE_SIZE,
+    ZSPAGE_BYTES,
+    ZSPAGE_CLASS,
+    ZSPAGE_FOLLOWING,
+    ZSPAGE_FREE,
+    ZSPAGE_FRESH,
+    ZSPAGE_PRECEDING,
+    ZSPAGE_USED,
+    ArenaRecord,
+)
+from zramd.memory import NoMemoryError, Region, RegionError, private_memory, record
 
 GROW_PAGES = 64
 """Pages populated at once: about 25 microseconds of the kernel's time."""
 RESERVE_PAGES = 512
 """Free pages kept resident at most in each arena; when more are free, half of this stays."""
 
+_POPULATED, _RESERVE = map(int, ArenaRecord)
 
 log = logging.getLogger(__name__)
 
@@ -23,29 +34,32 @@ log = logging.getLogger(__name__)
 class Arena:
     """The zspages of `pages` pages each.
 
-    The arrays are indexed by zspage: `used` objects; `free`, the head of its free list (object index + 1, 0: none);
-    `fresh`, how many of its objects were ever allocated, the rest being free in ascending order; `following` and
-    `preceding`, its neighbours on its fullness list (zspage + 1, 0: none). `size_class` is the class index + 1, and 0
-    for a zspage that is not in use.
+    `used`, `free`, `fresh`, `size_class`, `following` and `preceding` are the columns of the zspage records;
+    `populated` is the stack of free zspages with memory, and `record` its height (see zramd/layout.py).
     """
 
     def __init__(self, region: Region, pages: int) -> None:
         self.region = region
         self.pages = pages
         self.capacity = region.size // (pages * PAGE_SIZE)
-        self.used = array("H")
-        self.free = array("H")
-        self.fresh = array("H")
-        self.following = array("I")
-        self.preceding = array("I")
-        self.size_class = array("B")
-        self._populated = array("I")  # free zspages with memory: a stack
-        self._punched = array("I")  # free zspages without: a stack
-        self._reserve = RESERVE_PAGES // pages
+        self.zspages = private_memory(self.capacity * ZSPAGE_BYTES)
+        halves, quarters = self.zspages.cast("H"), self.zspages.cast("I")
+        self.used, self.free, self.fresh = (
+            halves[column :: ZSPAGE_BYTES // 2] for column in (ZSPAGE_USED, ZSPAGE_FREE, ZSPAGE_FRESH)
+        )
+        self.size_class = self.zspages[ZSPAGE_CLASS::ZSPAGE_BYTES]
+        self.following, self.preceding = (
+            quarters[column :: ZSPAGE_BYTES // 4] for column in (ZSPAGE_FOLLOWING, ZSPAGE_PRECEDING)
+        )
+        self.populated = private_memory(self.capacity * 4).cast("I")
+        self.record = record(len(ArenaRecord))
+        self.record[_RESERVE] = RESERVE_PAGES // pages
+        self._punched = array("I")  # free zspages without memory: a stack
+        self._prepared = 0
 
     def __len__(self) -> int:
         """Return how many zspage numbers were ever handed out or prepared."""
-        return len(self.used)
+        return self._prepared
 
     def take(self) -> int:
         """Return a zspage with memory, its contents undefined.
@@ -53,18 +67,27 @@ class Arena:
         Raises:
             NoMemoryError: there is no room, in the arena or in the machine.
         """
-        if not self._populated:
-            self._grow()
-        return self._populated.pop()
+        record = self.record
+        if not record[_POPULATED]:
+            self.grow()
+        record[_POPULATED] -= 1
+        return self.populated[record[_POPULATED]]
 
     def give(self, zspage: int) -> None:
         """Take back a zspage that holds no objects."""
+        record = self.record
         self.size_class[zspage] = 0
-        self._populated.append(zspage)
-        if len(self._populated) > self._reserve:
-            self._shrink()
+        self.populated[record[_POPULATED]] = zspage
+        record[_POPULATED] += 1
+        if record[_POPULATED] > record[_RESERVE]:
+            self.shrink()
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Populate some zspages.
+
+        Raises:
+            NoMemoryError: there is no room for one.
+        """
         try:
             self._grow_by(max(1, GROW_PAGES // self.pages))
         except NoMemoryError:
@@ -77,28 +100,35 @@ class Arena:
             self._populate(zspages)
             del self._punched[-count:]
         else:
-            first = len(self)
+            first = self._prepared
             zspages = array("I", range(first, min(first + count, self.capacity)))
             if not zspages:
                 raise NoMemoryError(f"no zspage of {self.pages} pages is left: its address range is used up")
             self._populate(zspages)
-            self._extend(len(zspages))
-        self._populated.extend(reversed(zspages))
+            self._prepared += len(zspages)
+        zspages.reverse()
+        self._push(zspages)
+
+    def _push(self, zspages: "array[int]") -> None:
+        height = self.record[_POPULATED]
+        self.populated[height : height + len(zspages)] = zspages
+        self.record[_POPULATED] += len(zspages)
 
     def _populate(self, zspages: "array[int]") -> None:
         span = self.pages * PAGE_SIZE
         for start, end in _runs(zspages):
             self.region.populate(start * span, (end - start) * span)
 
-    def _extend(self, count: int) -> None:
-        for column in (self.used, self.free, self.fresh, self.following, self.preceding, self.size_class):
-            column.frombytes(bytes(count * column.itemsize))
+    def shrink(self) -> None:
+        """Punch the free zspages that were given back longest ago.
 
-    def _shrink(self) -> None:
-        """Punch the zspages that were given back longest ago, in order of address so that neighbours go together."""
-        count = len(self._populated) - self._reserve // 2
-        zspages = array("I", sorted(self._populated[:count]))
-        del self._populated[:count]
+        In order of address, so that neighbours go together.
+        """
+        height = self.record[_POPULATED]
+        count = height - self.record[_RESERVE] // 2
+        zspages = array("I", sorted(self.populated[:count]))
+        self.populated[: height - count] = array("I", self.populated[count:height])
+        self.record[_POPULATED] -= count
         self._punch(zspages)
 
     def _punch(self, zspages: "array[int]") -> None:
@@ -111,17 +141,17 @@ class Arena:
                 done += end - start
         except RegionError as error:
             log.warning("memory stays allocated: %s", error)
-            self._reserve = self.capacity
+            self.record[_RESERVE] = self.capacity
         self._punched.extend(zspages[:done])
-        self._populated.extend(zspages[done:])
+        self._push(zspages[done:])
 
     def restore(self, count: int) -> None:
-        """Prepare the private state of `count` zspages found in the region, all of them free so far."""
-        self._extend(count - len(self))
+        """Note that `count` zspages were found in the region, all of them free so far."""
+        self._prepared = count
 
     def release_unused(self) -> None:
         """After recovery: punch what no object was found in."""
-        self._punch(array("I", (zspage for zspage in range(len(self)) if not self.used[zspage])))
+        self._punch(array("I", (zspage for zspage in range(self._prepared) if not self.used[zspage])))
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

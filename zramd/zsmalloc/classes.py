@@ -6,7 +6,7 @@ The rules are those of Linux 6.18's mm/zsmalloc.c for 4 KiB pages, and the numbe
 from dataclasses import dataclass
 from enum import IntEnum
 
-from zramd.layout import PAGE_SIZE, WORD
+from zramd.layout import FULL, PAGE_SIZE, WORD
 
 MIN_ALLOC = 32
 CLASS_STEP = 16
@@ -14,8 +14,6 @@ RAW_CLASSES = 255
 MIN_CHAIN_SIZE = 4
 MAX_CHAIN_SIZE = 16
 DEFAULT_CHAIN_SIZE = 8
-FULLNESS_GROUPS = 12
-FULL = FULLNESS_GROUPS - 1
 
 
 class FitRule(IntEnum):

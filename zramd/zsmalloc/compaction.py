@@ -9,8 +9,7 @@ Crash rule: an object is copied with its header, its handle's word is stored, an
 
 from collections.abc import Iterator
 
-from zramd.layout import HANDLE_INDEX_SHIFT, HANDLE_ZSPAGE_SHIFT, HEADER_IN_USE
-from zramd.zsmalloc.classes import FULL
+from zramd.layout import FULL, HANDLE_INDEX_SHIFT, HANDLE_ZSPAGE_SHIFT, HEADER_IN_USE
 from zramd.zsmalloc.pool import ClassState, Pool
 
 

@@ -10,6 +10,7 @@ the device's lock guards it.
 from collections.abc import Callable
 
 from zramd.layout import (
+    FULL,
     HANDLE_CLASS_MASK,
     HANDLE_CLASS_SHIFT,
     HANDLE_IN_USE,
@@ -19,10 +20,12 @@ from zramd.layout import (
     HEADER_IN_USE,
     PAGE_SIZE,
     WORD,
+    ClassRecord,
+    PoolRecord,
 )
-from zramd.memory import NoMemoryError, Region
+from zramd.memory import NoMemoryError, Region, record
 from zramd.zsmalloc.arena import Arena
-from zramd.zsmalloc.classes import FULL, FULLNESS_GROUPS, RAW_CLASSES, Geometry, SizeClass, fullness_group
+from zramd.zsmalloc.classes import RAW_CLASSES, Geometry, SizeClass, fullness_group
 
 HANDLE_CHUNK = PAGE_SIZE * 16 // WORD
 """Handles populated at once: 64 KiB of the handle table."""
@@ -32,6 +35,9 @@ ADDRESS_SPACE = 1 << 46
 
 MAX_ZSPAGES = (1 << 32) - 2
 """Zspages in an arena: their numbers, and a list link one higher, take 32 bits."""
+
+_FILLED, _ZSPAGES, _LIVE, _HEADS, _COUNTS, _END = map(int, ClassRecord)
+_PAGES, _FREE_HANDLE, _NEXT_HANDLE, _READY_HANDLES, _ = map(int, PoolRecord)
 
 OpenRegion = Callable[[str, int], Region]
 """Opens the region of a name and a size in bytes."""
@@ -47,9 +53,8 @@ def max_disksize(geometry: Geometry) -> int:
 class ClassState:
     """The zspages of one size class, by fullness.
 
-    `heads[group]` is the first zspage + 1 of a list, 0 if it is empty; bit `group` of `filled` says which lists are
-    not. Groups 0 (released at once) and 11 (full) need no list: nothing is ever allocated from them. `counts[group]` is
-    the length of a list, `zspages` and `live` count all zspages of the class and the objects in use in them.
+    `record` holds what changes (see zramd/layout.py); `heads` and `counts` are parts of it. Groups 0 (released at once)
+    and 11 (full) need no list: nothing is ever allocated from them.
 
     The arena's columns stand here too, since every allocation and every free goes through them. The `preceding` of a
     list's head means nothing.
@@ -58,24 +63,22 @@ class ClassState:
     __slots__ = (
         "arena",
         "counts",
-        "filled",
         "following",
         "free",
         "fresh",
         "group_of",
         "heads",
-        "live",
         "map",
         "objects",
         "pages",
         "preceding",
+        "record",
         "size",
         "size_class",
         "span",
         "used",
         "word",
         "words",
-        "zspages",
     )
 
     def __init__(self, size_class: SizeClass, arena: Arena) -> None:
@@ -89,17 +92,35 @@ class ClassState:
         self.pages = size_class.pages
         self.objects = size_class.objects
         self.word = size_class.index << HANDLE_CLASS_SHIFT | HANDLE_IN_USE
-        self.heads = [0] * FULLNESS_GROUPS
-        self.filled = 0
+        self.record = record(_END)
+        self.heads = self.record[_HEADS:_COUNTS]
+        self.counts = self.record[_COUNTS:_END]
         self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
-        self.counts = [0] * FULLNESS_GROUPS
-        self.zspages = 0
-        self.live = 0
+
+    @property
+    def filled(self) -> int:
+        """Which fullness lists are not empty, a bit for each."""
+        return self.record[_FILLED]
+
+    @property
+    def zspages(self) -> int:
+        """How many zspages the class has."""
+        return self.record[_ZSPAGES]
+
+    @property
+    def live(self) -> int:
+        """How many objects are in use."""
+        return self.record[_LIVE]
 
     @property
     def freeable(self) -> int:
         """Return how many pages compaction could free at best (zs_can_compact)."""
         return (self.zspages * self.objects - self.live) // self.objects * self.pages
+
+    def adopt(self, objects: int) -> None:
+        """Count a zspage that was found with so many objects in use."""
+        self.record[_ZSPAGES] += 1
+        self.record[_LIVE] += objects
 
     def regroup(self, zspage: int, before: int, after: int) -> None:
         """Move a zspage to the head of another fullness list; group 11, which is full or no group, has none."""
@@ -110,7 +131,7 @@ class ClassState:
             if heads[before] == zspage + 1:
                 heads[before] = neighbour
                 if not neighbour:
-                    self.filled &= ~(1 << before)
+                    self.record[_FILLED] &= ~(1 << before)
             else:
                 previous = self.preceding[zspage]
                 following[previous - 1] = neighbour
@@ -124,7 +145,7 @@ class ClassState:
             if head:
                 self.preceding[head - 1] = zspage + 1
             else:
-                self.filled |= 1 << after
+                self.record[_FILLED] |= 1 << after
 
     def new_zspage(self) -> int:
         """Return a zspage of this class with one object, its first, in use.
@@ -136,36 +157,33 @@ class ClassState:
         self.arena.size_class[zspage] = self.size_class.index + 1
         self.used[zspage] = self.fresh[zspage] = 1
         self.free[zspage] = 0
-        self.zspages += 1
+        self.record[_ZSPAGES] += 1
         self.regroup(zspage, FULL, self.group_of[1])
         return zspage
 
     def release_zspage(self, zspage: int, group: int) -> None:
         """Give back a zspage of which no object is in use; `group` is that of its last object."""
         self.regroup(zspage, group, FULL)
-        self.zspages -= 1
+        self.record[_ZSPAGES] -= 1
         self.arena.give(zspage)
 
 
 class Pool:
     """A zsmalloc pool for at most `objects` objects at a time, in regions that `open_region` opens.
 
-    Attributes:
-        pages: pages in zspages now, the kernel's zs_get_total_pages.
+    `record` holds what changes beside classes and arenas (see zramd/layout.py).
     """
 
     def __init__(self, geometry: Geometry, objects: int, open_region: OpenRegion) -> None:
         self.geometry = geometry
-        self.pages = 0
+        self.record = record(PoolRecord.END)
+        self.record[_NEXT_HANDLE] = 1
         self.arenas: list[Arena] = []
         # Handle 0 is no handle. The kernel allocates an overwriting object before it frees the old one: one spare.
         self._handle_limit = objects + 2
         size = -(-self._handle_limit // HANDLE_CHUNK) * HANDLE_CHUNK * WORD
         self.handle_region = open_region("handles", size)
         self._handles = self.handle_region.words
-        self._free_handle = 0
-        self._next_handle = 1
-        self._ready_handles = 0
         for pages in range(1, geometry.chain_size + 1):
             span = pages * PAGE_SIZE
             share = ADDRESS_SPACE // geometry.chain_size
@@ -173,8 +191,17 @@ class Pool:
             self.arenas.append(Arena(open_region(f"arena{pages}", zspages * span), pages))
         states = {kept.index: ClassState(kept, self.arenas[kept.pages - 1]) for kept in geometry.kept()}
         self.classes = [states[geometry.classes[raw].index] for raw in range(RAW_CLASSES)]
-        self._class_for: list[ClassState | None] = [None]
-        self._class_for += (states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1))
+        self.class_for: list[ClassState | None] = [None]
+        self.class_for += (states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1))
+
+    @property
+    def pages(self) -> int:
+        """Pages in zspages now, the kernel's zs_get_total_pages."""
+        return self.record[_PAGES]
+
+    @pages.setter
+    def pages(self, pages: int) -> None:
+        self.record[_PAGES] = pages
 
     def malloc(self, length: int, payload: Payload | None = None) -> int:
         """Allocate an object of `length` bytes (1..4096) and return its handle.
@@ -185,13 +212,14 @@ class Pool:
             ValueError: the length is out of range.
             NoMemoryError: there is no room; nothing changed.
         """
-        state = self._class_for[length] if length <= PAGE_SIZE else None
+        state = self.class_for[length] if length <= PAGE_SIZE else None
         if state is None:
             raise ValueError(f"an object has 1 to {PAGE_SIZE} bytes, not {length}")
-        handle = self._free_handle
-        if not handle and self._next_handle >= self._ready_handles:
-            self._grow_handles()
-        filled = state.filled
+        pool, record = self.record, state.record
+        handle = pool[_FREE_HANDLE]
+        if not handle and pool[_NEXT_HANDLE] >= pool[_READY_HANDLES]:
+            self.grow_handles()
+        filled = record[_FILLED]
         if filled:
             group = filled.bit_length() - 1
             zspage = state.heads[group] - 1
@@ -211,16 +239,16 @@ class Pool:
                 offset = zspage * state.span + index * state.size
         else:
             zspage = state.new_zspage()
-            self.pages += state.pages
+            pool[_PAGES] += state.pages
             index = 0
             offset = zspage * state.span
-        state.live += 1
+        record[_LIVE] += 1
         handles = self._handles
         if handle:
-            self._free_handle = handles[handle] >> 1
+            pool[_FREE_HANDLE] = handles[handle] >> 1
         else:
-            handle = self._next_handle
-            self._next_handle = handle + 1
+            handle = pool[_NEXT_HANDLE]
+            pool[_NEXT_HANDLE] = handle + 1
         handles[handle] = zspage << HANDLE_ZSPAGE_SHIFT | index << HANDLE_INDEX_SHIFT | state.word
         if state.size != PAGE_SIZE:
             state.words[offset >> 3] = handle << 1 | HEADER_IN_USE
@@ -229,26 +257,32 @@ class Pool:
             state.map[offset : offset + length] = payload
         return handle
 
-    def _grow_handles(self) -> None:
-        if self._next_handle >= self._handle_limit:
+    def grow_handles(self) -> None:
+        """Populate more of the handle table.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
+        pool = self.record
+        if pool[_NEXT_HANDLE] >= self._handle_limit:
             raise NoMemoryError("every handle is in use")
-        start = self._ready_handles * WORD
+        start = pool[_READY_HANDLES] * WORD
         length = min(HANDLE_CHUNK * WORD, self.handle_region.size - start)
         try:
             self.handle_region.populate(start, length)
         except NoMemoryError:
             length = PAGE_SIZE
             self.handle_region.populate(start, length)
-        self._ready_handles += length // WORD
+        pool[_READY_HANDLES] += length // WORD
 
     def restore_handles(self, free: int, following: int, ready: int) -> None:
         """Take over a handle table: head of the free list, first handle never used, number that may be touched.
 
         The words of handles never used are 0.
         """
-        self._free_handle = free
-        self._next_handle = following
-        self._ready_handles = ready
+        self.record[_FREE_HANDLE] = free
+        self.record[_NEXT_HANDLE] = following
+        self.record[_READY_HANDLES] = ready
 
     def map(self, handle: int, length: int | None = None) -> memoryview:
         """Return a view of an object's first `length` payload bytes, or of all that its class has room for.
@@ -290,7 +324,7 @@ class Pool:
         before = state.group_of[used]
         used -= 1
         state.used[zspage] = used
-        state.live -= 1
+        state.record[_LIVE] -= 1
         if used:
             index = word >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK
             state.words[(zspage * state.span + index * state.size) >> 3] = state.free[zspage] << 1
@@ -300,6 +334,6 @@ class Pool:
                 state.regroup(zspage, before, after)
         else:
             state.release_zspage(zspage, before)
-            self.pages -= state.pages
-        handles[handle] = self._free_handle << 1
-        self._free_handle = handle
+            self.record[_PAGES] -= state.pages
+        handles[handle] = self.record[_FREE_HANDLE] << 1
+        self.record[_FREE_HANDLE] = handle

@@ -7,6 +7,7 @@ that a crash left half made or half freed, is free.
 from collections.abc import Iterable
 
 from zramd.layout import (
+    FULL,
     HANDLE_CLASS_MASK,
     HANDLE_CLASS_SHIFT,
     HANDLE_IN_USE,
@@ -17,7 +18,6 @@ from zramd.layout import (
     PAGE_SIZE,
     WORD,
 )
-from zramd.zsmalloc.classes import FULL
 from zramd.zsmalloc.pool import Pool
 
 
@@ -78,8 +78,7 @@ def _rebuild_lists(pool: Pool, seen: bytearray) -> None:
             if not arena.used[zspage]:
                 continue
             state = pool.classes[arena.size_class[zspage] - 1]
-            state.zspages += 1
-            state.live += arena.used[zspage]
+            state.adopt(arena.used[zspage])
             pool.pages += arena.pages
             group = state.group_of[arena.used[zspage]]
             if group == FULL:

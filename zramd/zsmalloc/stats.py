@@ -2,7 +2,7 @@
 
 from dataclasses import astuple, dataclass
 
-from zramd.zsmalloc.classes import FULL
+from zramd.layout import FULL
 from zramd.zsmalloc.pool import ClassState, Pool
 
 
