@@ -61,7 +61,7 @@ class Export:
     """What a transmission works on."""
 
     device: Device
-    flush: Callable[[], None]
+    flush: Callable[[], None] | None
 
 
 def make_export(opened: OpenDevice) -> Export:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zramd.device.codecs import Codec, codec
+from zramd.device.native import NativeDevice
 from zramd.device.superblock import (
     Identity,
     StateError,
@@ -17,6 +18,7 @@ from zramd.device.superblock import (
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD
 from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
+from zramd.native import Engine, choose
 from zramd.zsmalloc import FitRule, Pool, geometry
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE
 from zramd.zsmalloc.pool import max_disksize
@@ -42,7 +44,8 @@ class OpenDevice:
     Attributes:
         recovered: whether the device was found in kept regions.
         regions: all of them, open.
-        on_disk: whether a flush has to write the regions to a disk.
+        on_disk: whether the regions lie on a disk.
+        flush: writes them to it, and may raise OSError; None where they lie in memory.
     """
 
     def __init__(self, store: RegionStore, wanted: Wanted) -> None:
@@ -53,10 +56,12 @@ class OpenDevice:
             NoMemoryError: there is no room for the regions.
             RegionError: their file system is not fit for them.
             OSError: the regions cannot be opened.
+            EngineError: the engine that was asked for cannot be had.
         """
         self._store = store
         self.regions: list[Region] = []
         self.on_disk = store.on_disk()
+        self.flush = self._flush if self.on_disk else None
         try:
             identity = self._find(wanted)
             self.recovered = identity is not None
@@ -110,7 +115,8 @@ class OpenDevice:
             elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
         elements = SparseTable(elements_region)
         pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
-        device = Device(identity, superblock, table, elements, pool)
+        make = NativeDevice if choose() is Engine.NATIVE else Device
+        device = make(identity, superblock, table, elements, pool)
         if self.recovered:
             try:
                 device.recover()
@@ -130,15 +136,9 @@ class OpenDevice:
         self.regions.append(region)
         return region
 
-    def flush(self) -> None:
-        """Write the regions to their medium. Where that is memory, there is nothing to do.
-
-        Raises:
-            OSError: the medium failed.
-        """
-        if self.on_disk:
-            for region in self.regions:
-                region.sync()
+    def _flush(self) -> None:
+        for region in self.regions:
+            region.sync()
 
     def leave(self) -> None:
         """Make the regions fit to be used after a restart of the machine too. No more may be written to the device.
@@ -148,7 +148,8 @@ class OpenDevice:
         """
         # Never released: what still runs elsewhere, such as a compaction, must not touch the regions again.
         self.device.lock.acquire()
-        self.flush()
+        if self.flush:
+            self.flush()
         note_end(self._superblock.words)
         if self.on_disk:
             self._superblock.sync()

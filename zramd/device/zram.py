@@ -6,6 +6,7 @@ Compression is the one expensive step that needs no lock; a `Stream` does it bef
 
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 
 from zramd.device.codecs import CodecError
 from zramd.device.counters import IoStat, MmStat, RequestStat
@@ -84,13 +85,16 @@ class Device:
         self._elements = elements
         self._decompress = identity.codec.decompressor()
         self._huge_limit = pool.geometry.huge_limit
-        self._scratch = self.stream(bytearray(PAGE_SIZE))
 
     def __enter__(self) -> None:
         self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+    @cached_property
+    def _scratch(self) -> Stream:
+        return self.stream(bytearray(PAGE_SIZE))
 
     def stream(self, buffer: bytearray) -> Stream:
         """Return a stream for a thread that receives into `buffer`."""

@@ -29,6 +29,8 @@ class Inbox:
         header: how a request starts; `extended` says which of the two it is.
         start: what is received and not yet consumed lies from here
         end: to here.
+        received: bytes since the start of the session.
+        poll_events: what to ask poll for, to learn that the peer is gone.
         payload_left: of a long request: the next one starts this far behind `start`.
         leaving: the client has said DISC.
     """
@@ -38,13 +40,14 @@ class Inbox:
         self.header = EXTENDED_REQUEST if extended else REQUEST
         self.magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self.buffer = buffer
-        self.start = self.end = 0
+        self.start = self.end = self.received = 0
         self.payload_left = 0
         self.leaving = False
         self._sock = sock
         self._poll = select.poll()
         # With no events asked for, a full close (HUP) or an error of a Unix peer; TCP needs to be asked for its FIN.
-        self._poll.register(sock, 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
+        self.poll_events = 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP
+        self._poll.register(sock, self.poll_events)
 
     def receive(self) -> bool:
         """Receive more; say whether there was any. The unconsumed part moves to the front when room gets short."""
@@ -65,6 +68,7 @@ class Inbox:
             # A Unix peer that left replies unread: what it had sent can still be received.
             count = self._sock.recv_into(self.buffer[self.end :], 0, flags)
         self.end += count
+        self.received += count
         return count > 0
 
     def has_payload(self, flags: int, command: int) -> bool:

@@ -11,6 +11,7 @@ pieces.
 import socket
 from collections.abc import Callable
 
+from zramd.device.native import NativeDevice
 from zramd.device.stream import Prepared, whole_pages
 from zramd.device.zram import Device, NoSpaceError, PageError
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE
@@ -42,14 +43,14 @@ _REPLIES = {Mode.SIMPLE: SimpleReplies, Mode.STRUCTURED: StructuredReplies, Mode
 class Transmission:
     """The transmission phase of one connection.
 
-    `flush` writes to the medium what was written to the device; it may raise OSError.
+    `flush` writes to the medium what was written to the device, if that is anything but memory; it may raise OSError.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         device: Device,
-        flush: Callable[[], None],
+        flush: Callable[[], None] | None,
         terms: Terms = DEFAULT_TERMS,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
@@ -70,6 +71,20 @@ class Transmission:
         # Up to this command, what has no flags and is in bounds is right.
         self._plain = _READ if terms.read_only or terms.mode is Mode.EXTENDED else _TRIM
         self._flags = _allowed_flags(terms)
+        self._receive = self._inbox.receive
+        if isinstance(device, NativeDevice):
+            self._receive = device.engine.Loop(
+                self._stream,
+                sock,
+                self._inbox,
+                direct=type(sock) is socket.socket and sock.gettimeout() is None,
+                disksize=device.disksize,
+                structured=terms.mode is not Mode.SIMPLE,
+                read_only=terms.read_only,
+                flushing=flush is not None,
+                reply_bytes=limits.reply,
+                payload=limits.payload,
+            ).receive
 
     def run(self) -> None:
         """Serve requests until the client disconnects.
@@ -79,7 +94,7 @@ class Transmission:
             OSError: the connection failed.
         """
         inbox = self._inbox
-        while inbox.receive():
+        while self._receive():
             while True:
                 end = inbox.end
                 batch, stop = self._parse()
@@ -347,7 +362,8 @@ class Transmission:
 
     def _answer_durable(self) -> None:
         try:
-            self._flush()
+            if self._flush:
+                self._flush()
         except OSError as error:
             failure = Failure(Error.EIO, f"the medium failed: {error.strerror}")
             for cookie, offset in self._durable:

@@ -1,0 +1,49 @@
+"""The device with the compiled engine: the same regions and records, loaded and stored by the page in one call."""
+
+import importlib
+import threading
+from typing import TYPE_CHECKING, cast
+
+from zramd.device.codecs import CodecError
+from zramd.device.stream import Prepared, Stream
+from zramd.device.superblock import Identity
+from zramd.device.zram import ZERO_PAGE, Device, PageError
+from zramd.memory import Region, SparseTable
+from zramd.zsmalloc import Pool
+
+if TYPE_CHECKING:
+    from zramd.native import engine
+
+
+class NativeDevice(Device):
+    """A device whose hot path is compiled. `engine` is the extension."""
+
+    def __init__(
+        self, identity: Identity, superblock: Region, table: SparseTable, elements: SparseTable, pool: Pool
+    ) -> None:
+        super().__init__(identity, superblock, table, elements, pool)
+        self.engine = importlib.import_module("zramd.native.engine")
+        self.lock = cast(threading.Lock, self.engine.Lock())
+        self._native: engine.Device = self.engine.Device(self, superblock, table, elements)
+
+    def stream(self, buffer: bytearray) -> Stream:
+        """Return a stream for a thread that receives into `buffer`."""
+        return cast(Stream, self.engine.Stream(self._native, buffer, self.identity.codec))
+
+    def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
+        before = len(out)
+        try:
+            cast("engine.Stream", self._scratch).load_pages(first, end, out, ZERO_PAGE)
+        except CodecError as error:
+            del out[before:]
+            raise PageError(f"page {error} is damaged") from error
+
+    def _store(self, index: int, prepared: "list[Prepared] | engine.Prepared") -> None:
+        if isinstance(prepared, list):
+            super()._store(index, prepared)
+        else:
+            self._native.store_pages(index, prepared)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the whole pages in a range; they read as zeros. The caller holds the lock."""
+        self._native.discard_range(offset, length)

@@ -1,0 +1,325 @@
+"""Loading, storing and discarding pages: zramd/device/zram.py on the same table, records and counters."""
+
+cdef enum:
+    CHUNK_SHIFT = 9  # of zramd.memory.SparseTable
+    DAMAGED = 0xFFFFFFFF  # in place of a length
+
+cdef struct Page:
+    # What a page is stored as, or was: `length` bytes at `data`; or, with length 0, the pattern of a same-filled page.
+    # A page's length is a raw page.
+    const uint8_t *data
+    uint64_t pattern
+    uint32_t length
+
+
+cdef class Device:
+    """The hot part of a device of the Python engine. Whoever calls a cdef method here holds the device's lock."""
+
+    cdef object page_table
+    cdef object elements_table
+    cdef Lock lock
+    cdef Pool pool
+    cdef uint64_t *table
+    cdef uint8_t *table_ready
+    cdef uint64_t *elements
+    cdef uint8_t *elements_ready
+    cdef uint64_t *superblock
+    cdef uint64_t *record
+    cdef uint32_t huge_limit
+
+    def __cinit__(self, device, superblock, table, elements):
+        self.page_table, self.elements_table = table, elements
+        self.lock = device.lock
+        self.pool = Pool(device.pool)
+        self.table = <uint64_t *>address(table.region.map)
+        self.table_ready = <uint8_t *>address(table.ready)
+        self.elements = <uint64_t *>address(elements.region.map)
+        self.elements_ready = <uint8_t *>address(elements.ready)
+        self.superblock = <uint64_t *>address(superblock.map)
+        self.record = <uint64_t *>address(device.record)
+        self.huge_limit = device.pool.geometry.huge_limit
+
+    cdef bint _make_ready(self, bint elements, uint64_t chunk, uint64_t last) noexcept with gil:
+        table = self.elements_table if elements else self.page_table
+        try:
+            for unready in range(chunk, last + 1):
+                if not table.ready[unready]:
+                    table.make_ready(unready)
+            return True
+        except BaseException as error:
+            return self.pool._failed(error)
+
+    cdef bint _note_use(self, uint64_t handle) noexcept nogil:
+        """Raise the high-water mark, and refuse `handle` if the limit is exceeded."""
+        cdef uint64_t used = self.pool.record[Z_POOL_RECORD_PAGES]
+        cdef uint64_t limit = self.superblock[Z_SUPERBLOCK_MEM_LIMIT]
+        cdef uint64_t highest = max(used, self.superblock[Z_SUPERBLOCK_MEM_USED_MAX])
+        self.superblock[Z_SUPERBLOCK_MEM_USED_MAX] = highest
+        self.record[Z_DEVICE_RECORD_NOTED_PAGES] = min(highest, limit) if limit else highest
+        if limit and used > limit:
+            self.pool.free(handle)
+            snprintf(
+                self.pool.text,
+                sizeof(self.pool.text),
+                "the memory limit of %llu bytes is reached",
+                <unsigned long long>(limit * Z_PAGE_SIZE),
+            )
+            return False
+        return True
+
+    cdef bint store(self, uint64_t index, const Page *pages, uint64_t count) noexcept nogil:
+        """Store pages from `index` on. Return false if there is no room for one: see the pool's text."""
+        cdef uint64_t chunk = index >> CHUNK_SHIFT
+        cdef uint64_t last = (index + count - 1) >> CHUNK_SHIFT
+        cdef const Page *end = pages + count
+        cdef uint64_t entry, handle, old
+        cdef uint8_t *payload
+        if not count:
+            return True
+        if (chunk != last or not self.table_ready[chunk]) and not self._make_ready(False, chunk, last):
+            return False
+        while pages < end:
+            if not pages.length:
+                entry = Z_PAGE_STATE_SAME_FILLED << Z_ENTRY_STATE_SHIFT
+                if pages.pattern:
+                    if not self.elements_ready[index >> CHUNK_SHIFT]:
+                        if not self._make_ready(True, index >> CHUNK_SHIFT, index >> CHUNK_SHIFT):
+                            return False
+                    self.elements[index] = pages.pattern
+                    entry |= Z_ENTRY_HAS_ELEMENT
+                self.record[Z_DEVICE_RECORD_SAME_PAGES] += 1
+            else:
+                handle = self.pool.malloc(pages.length, &payload)
+                if not handle:
+                    return False
+                memcpy(payload, pages.data, pages.length)
+                if self.pool.record[Z_POOL_RECORD_PAGES] > self.record[Z_DEVICE_RECORD_NOTED_PAGES]:
+                    if not self._note_use(handle):
+                        return False
+                entry = <uint64_t>pages.length << Z_ENTRY_SIZE_SHIFT | handle
+                if pages.length == Z_PAGE_SIZE:
+                    entry |= Z_PAGE_STATE_HUGE << Z_ENTRY_STATE_SHIFT
+                    self.record[Z_DEVICE_RECORD_HUGE_PAGES] += 1
+                    self.superblock[Z_SUPERBLOCK_HUGE_PAGES_SINCE] += 1
+                else:
+                    entry |= Z_PAGE_STATE_COMPRESSED << Z_ENTRY_STATE_SHIFT
+                self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] += pages.length
+            old = self.table[index]
+            store_entry(&self.table[index], entry)
+            if old:
+                self._release(old)
+            else:
+                self.record[Z_DEVICE_RECORD_PAGES_STORED] += 1
+            pages += 1
+            index += 1
+        return True
+
+    cdef void _release(self, uint64_t entry) noexcept nogil:
+        """Free what an entry that is no longer in the table refers to."""
+        cdef uint64_t state = entry >> Z_ENTRY_STATE_SHIFT & Z_ENTRY_STATE_MASK
+        if state == Z_PAGE_STATE_SAME_FILLED:
+            self.record[Z_DEVICE_RECORD_SAME_PAGES] -= 1
+            return
+        self.pool.free(entry & Z_ENTRY_HANDLE_MASK)
+        self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] -= entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
+        if state == Z_PAGE_STATE_HUGE:
+            self.record[Z_DEVICE_RECORD_HUGE_PAGES] -= 1
+
+    cdef uint64_t load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *scratch) noexcept nogil:
+        """Copy what `count` pages from `index` on are stored as. Return the bytes of scratch used: a page's at most.
+
+        Decompressing them needs no lock.
+        """
+        cdef uint8_t *position = scratch
+        cdef Page *end = pages + count
+        cdef const uint8_t *data
+        cdef uint64_t entry, state
+        while pages < end:
+            entry = self.table[index] if self.table_ready[index >> CHUNK_SHIFT] else 0
+            state = entry >> Z_ENTRY_STATE_SHIFT & Z_ENTRY_STATE_MASK
+            pages.length = 0
+            pages.pattern = 0
+            if state == Z_PAGE_STATE_COMPRESSED or state == Z_PAGE_STATE_HUGE:
+                data = self.pool.map(entry & Z_ENTRY_HANDLE_MASK)
+                if data == NULL:
+                    pages.length = DAMAGED
+                else:
+                    pages.length = entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
+                    pages.data = position
+                    memcpy(position, data, pages.length)
+                    position += pages.length
+            elif entry & Z_ENTRY_HAS_ELEMENT:
+                pages.pattern = self.elements[index]
+            pages += 1
+            index += 1
+        return position - scratch
+
+    cdef void discard(self, uint64_t offset, uint64_t length) noexcept nogil:
+        """Free the whole pages in a range."""
+        cdef uint64_t index = (offset + Z_PAGE_SIZE - 1) >> Z_PAGE_SHIFT
+        cdef uint64_t end = (offset + length) >> Z_PAGE_SHIFT
+        cdef uint64_t entry
+        if end <= index:
+            return
+        self.superblock[Z_SUPERBLOCK_NOTIFY_FREE] += end - index
+        while index < end:
+            if not self.table_ready[index >> CHUNK_SHIFT]:
+                index = ((index >> CHUNK_SHIFT) + 1) << CHUNK_SHIFT
+                continue
+            entry = self.table[index]
+            if entry:
+                store_entry(&self.table[index], 0)
+                self._release(entry)
+                self.record[Z_DEVICE_RECORD_PAGES_STORED] -= 1
+            index += 1
+
+    def store_pages(self, uint64_t index, Prepared prepared):
+        """Store what was prepared, from page `index` on. The caller holds the lock.
+
+        Raises:
+            NoMemoryError: there is no room for a page.
+        """
+        if not self.store(index, prepared.pages, prepared.count):
+            self.raise_failure()
+
+    def discard_range(self, uint64_t offset, uint64_t length):
+        """Free the whole pages in a range. The caller holds the lock."""
+        self.discard(offset, length)
+        self.raise_error()
+
+    cdef int raise_failure(self) except -1:
+        self.raise_error()
+        raise NoMemoryError(self.pool.text.decode())
+
+    cdef int raise_error(self) except -1:
+        error, self.pool.error, self.pool.failing = self.pool.error, None, False
+        if error is not None:
+            raise error
+        return 0
+
+
+cdef class Prepared:
+    """Pages as they will be stored."""
+
+    cdef Page *pages
+    cdef uint64_t count
+    cdef uint8_t *data
+
+    def __dealloc__(self):
+        free(self.pages)
+        free(self.data)
+
+
+cdef class Stream:
+    """What one thread compresses with, and the buffer that it compresses from: see zramd/device/stream.py.
+
+    `scratch` has room for as many pages as the buffer, compressed, and `pages` describes them.
+    """
+
+    cdef readonly object buffer
+    cdef readonly object view
+    cdef Device device
+    cdef Codec codec
+    cdef uint8_t *start
+    cdef uint64_t bytes
+    cdef uint8_t *scratch
+    cdef Page *pages
+    cdef uint64_t capacity
+
+    def __cinit__(self, Device device, bytearray buffer, codec):
+        self.buffer = buffer
+        self.view = memoryview(buffer)
+        self.device = device
+        self.codec = Codec(codec)
+        self.start = <uint8_t *>address(buffer)
+        self.bytes = len(buffer)
+        self.capacity = self.bytes >> Z_PAGE_SHIFT
+        self.scratch = <uint8_t *>malloc(self.capacity * Z_PAGE_SIZE + self.codec.bound)
+        self.pages = <Page *>calloc(self.capacity + 1, sizeof(Page))
+        if self.scratch == NULL or self.pages == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.scratch)
+        free(self.pages)
+
+    cdef uint64_t prepare_pages(self, const uint8_t *page, uint64_t count, Page *pages, uint8_t *target) noexcept nogil:
+        """Compress pages to `target`. Return the bytes used: a page's at most for each, and `bound` behind the last."""
+        cdef uint8_t *position = target
+        cdef const uint64_t *words
+        for _ in range(count):
+            words = <const uint64_t *>page
+            # The last bytes of the first and the last word differ on most pages.
+            if page[7] == page[Z_PAGE_SIZE - 1] and not memcmp(page, page + Z_WORD, Z_PAGE_SIZE - Z_WORD):
+                pages.length = 0
+                memcpy(&pages.pattern, page, Z_WORD)
+            else:
+                pages.length = self.codec.compress(page, position)
+                if pages.length < self.device.huge_limit:
+                    pages.data = position
+                    position += pages.length
+                else:
+                    pages.length = Z_PAGE_SIZE
+                    pages.data = page
+            page += Z_PAGE_SIZE
+            pages += 1
+        return position - target
+
+    def prepare(self, uint64_t start, uint64_t length, uint64_t offset):
+        """Compress the whole pages of a write. No lock is needed. Raw pages stay in the buffer."""
+        cdef uint64_t head = min((Z_PAGE_SIZE - offset) & (Z_PAGE_SIZE - 1), length)
+        cdef uint64_t count = (length - head) >> Z_PAGE_SHIFT
+        cdef Prepared prepared = Prepared()
+        cdef uint64_t used, number
+        if count > self.capacity:
+            raise ValueError(f"{count} pages are not in a buffer of {self.capacity}")
+        prepared.count = count
+        prepared.pages = <Page *>malloc(max(count, 1) * sizeof(Page))
+        if prepared.pages == NULL:
+            raise MemoryError
+        with nogil:
+            used = self.prepare_pages(self.start + start + head, count, prepared.pages, self.scratch)
+        prepared.data = <uint8_t *>malloc(max(used, 1))
+        if prepared.data == NULL:
+            raise MemoryError
+        memcpy(prepared.data, self.scratch, used)
+        for number in range(count):
+            if 0 < prepared.pages[number].length < Z_PAGE_SIZE:
+                prepared.pages[number].data = prepared.data + (prepared.pages[number].data - self.scratch)
+        return prepared
+
+    cdef bint expand(self, const Page *page, uint8_t *target) noexcept nogil:
+        """Make a whole page of one that was loaded; say whether it is not damaged."""
+        cdef uint64_t number
+        if page.length == Z_PAGE_SIZE:
+            memcpy(target, page.data, Z_PAGE_SIZE)
+        elif page.length == 0:
+            if page.pattern == 0:
+                memset(target, 0, Z_PAGE_SIZE)
+            else:
+                for number in range(Z_PAGE_SIZE // Z_WORD):
+                    memcpy(target + number * Z_WORD, &page.pattern, Z_WORD)
+        elif page.length == DAMAGED:
+            return False
+        else:
+            return self.codec.decompress(page.data, page.length, target)
+        return True
+
+    def load_pages(self, uint64_t first, uint64_t end, list out, bytes zero_page):
+        """Append the pages `first` to `end` - 1 to `out`. The caller holds the device's lock.
+
+        Raises:
+            CodecError: a page is damaged: its argument is which; those before it are in `out`.
+        """
+        cdef Page page
+        cdef bytes whole
+        cdef uint64_t index
+        for index in range(first, end):
+            self.device.load(index, &page, 1, self.scratch)
+            if page.length == 0 and page.pattern == 0:
+                out.append(zero_page)
+                continue
+            whole = PyBytes_FromStringAndSize(NULL, Z_PAGE_SIZE)
+            if not self.expand(&page, <uint8_t *><char *>whole):
+                raise CodecError(index)
+            out.append(whole)

@@ -1,0 +1,446 @@
+"""The transmission loop for what makes up nearly all traffic: reads and writes of whole pages, trims, flushes.
+
+Where anything else is next in the buffer, the loop returns, and zramd/nbd/transmission.py goes on from there: it sees
+the same buffer, and the device is the same. A segment is a run of requests that fit the scratch memory; its writes are
+compressed, then the device is locked once for all of it, and then its reads are decompressed into the replies.
+"""
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int, void *, size_t, int)
+    ssize_t send(int, const void *, size_t, int)
+    int MSG_NOSIGNAL
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
+    short POLLRDHUP
+
+cdef enum:
+    MAX_REQUESTS = 1024  # in a segment
+    MAX_REPLY = 512  # bytes of a reply without the contents of pages
+    MAX_PAGE_REPLY = 4096 + 64  # bytes of a page in the reply to a read, where it is a chunk of its own
+
+cdef enum Outcome:
+    ENDED  # the client sends no more
+    UNCOMMON  # what is next is not for this loop
+    GONE  # the client is gone; whether it is owed anything has to be found out
+    UNSENT  # it is gone, and replies could not be sent
+    FAILED  # Python failed: `error` says how
+    MORE  # there is more for this loop
+
+cdef struct Request:
+    uint64_t cookie
+    uint64_t offset
+    uint64_t length
+    uint64_t begin  # of the payload in the buffer
+    uint64_t page  # the first of its pages in the stream's
+    uint16_t command
+    bint failed
+
+
+cdef class Loop:
+    """The loop of one connection, on the buffers of a stream and the inbox of a transmission.
+
+    `direct` says that the socket may be used without its methods; `flushing`, that a flush has something to do, and
+    FLUSH and FUA are not for this loop. `reply_bytes` is the room for replies, twice that of the stream's buffer.
+    """
+
+    cdef Stream stream
+    cdef Device device
+    cdef object inbox
+    cdef object sock
+    cdef object error
+    cdef bint direct
+    cdef pollfd watch
+    cdef bint structured
+    cdef bint extended
+    cdef bint read_only
+    cdef bint flushing
+    cdef uint32_t magic
+    cdef uint64_t header
+    cdef uint64_t disksize
+    cdef uint64_t most
+    cdef uint64_t start
+    cdef uint64_t end
+    cdef uint64_t received
+    cdef uint64_t left_at
+    cdef bint owed
+    cdef uint8_t *replies
+    cdef uint64_t reply_bytes
+    cdef uint64_t reply_size
+    cdef Request *requests
+    cdef uint64_t count
+    cdef char text[256]
+
+    def __cinit__(
+        self, Stream stream, sock, inbox, *, bint direct, uint64_t disksize, bint structured, bint read_only,
+        bint flushing, uint64_t reply_bytes, uint64_t payload
+    ):
+        self.stream = stream
+        self.device = stream.device
+        self.sock = sock
+        self.inbox = inbox
+        self.direct = direct
+        self.watch.fd = sock.fileno()
+        self.watch.events = inbox.poll_events
+        self.structured = structured
+        self.extended = inbox.extended
+        self.read_only = read_only
+        self.flushing = flushing
+        self.magic = inbox.magic
+        self.header = inbox.header.size
+        self.disksize = disksize
+        self.most = min(stream.bytes - self.header, payload)
+        self.left_at = -1
+        self.reply_bytes = reply_bytes
+        self.replies = <uint8_t *>malloc(reply_bytes)
+        self.requests = <Request *>malloc(MAX_REQUESTS * sizeof(Request))
+        if self.replies == NULL or self.requests == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.replies)
+        free(self.requests)
+
+    def receive(self):
+        """Serve what is for this loop. Return whether there is something that is not, else the client sends no more.
+
+        Raises:
+            ClientLeftError: the client is gone, and is owed nothing.
+            OSError: the connection failed.
+        """
+        cdef Outcome outcome
+        inbox = self.inbox
+        while True:
+            self._take_inbox()
+            with nogil:
+                outcome = self.serve()
+            self._give_inbox()
+            if outcome == ENDED:
+                return False
+            if outcome == UNCOMMON:
+                self.left_at = self.received - (self.end - self.start)
+                return True
+            if outcome == GONE:
+                inbox.require_client()
+                self.owed = True
+            elif outcome == UNSENT and inbox.said_disconnect():
+                self.reply_size = 0
+            else:
+                error, self.error = self.error, None
+                raise error
+
+    cdef int _take_inbox(self) except -1:
+        self.start, self.end, self.received = self.inbox.start, self.inbox.end, self.inbox.received
+        return 0
+
+    cdef int _give_inbox(self) except -1:
+        self.inbox.start, self.inbox.end, self.inbox.received = self.start, self.end, self.received
+        return 0
+
+    cdef Outcome serve(self) noexcept nogil:
+        # What the other engine was given and has left here is a request of which more has to come.
+        cdef bint fresh = self.received - (self.end - self.start) != self.left_at
+        cdef Outcome outcome, found
+        cdef uint64_t begin
+        while True:
+            begin = self.start
+            found = self.parse()
+            if self.count:
+                if not self.apply():
+                    self.start = begin
+                    return GONE
+                if self.device.pool.failing:
+                    return self.fail()
+                self.answer()
+            if self.reply_size:
+                outcome = self.send_replies()
+                if outcome != MORE:
+                    return outcome
+            if found == MORE:
+                continue
+            if found == UNCOMMON and fresh:
+                return UNCOMMON
+            outcome = self.receive_more()
+            if outcome != MORE:
+                return outcome
+            fresh = True
+
+    cdef Outcome fail(self) noexcept with gil:
+        pool = self.device.pool
+        self.error, pool.error, pool.failing = pool.error, None, False
+        return FAILED
+
+    cdef Outcome parse(self) noexcept nogil:
+        """Consume a segment's requests, and compress what they write. Return what comes behind it: ENDED is nothing."""
+        cdef const uint8_t *buffer = self.stream.start
+        cdef uint64_t capacity = self.stream.capacity
+        cdef uint64_t pages = 0, room = self.reply_bytes
+        cdef uint64_t offset, length, after, needed, count
+        cdef unsigned flags, command
+        cdef const uint8_t *header
+        cdef Request *request
+        cdef bint is_write
+        self.count = 0
+        while self.end - self.start >= self.header:
+            header = buffer + self.start
+            flags, command, offset = get16(header + 4), get16(header + 6), get64(header + 16)
+            length = get64(header + 24) if self.extended else get32(header + 24)
+            if get32(header) != self.magic or length > self.most or not self.is_common(flags, command, offset, length):
+                return UNCOMMON
+            is_write = command == Z_COMMAND_WRITE
+            after = self.start + self.header + (length if is_write else 0)
+            if after > self.end:
+                return ENDED
+            count = length >> Z_PAGE_SHIFT if is_write or command == Z_COMMAND_READ else 0
+            needed = MAX_REPLY + (0 if is_write else count * MAX_PAGE_REPLY)
+            if self.count == MAX_REQUESTS or pages + count > capacity or needed > room:
+                # A buffer too small for anything would never get further.
+                return MORE if self.count else UNCOMMON
+            request = &self.requests[self.count]
+            request.cookie, request.offset, request.length = get64(header + 8), offset, length
+            request.command, request.page, request.failed = command, pages, False
+            request.begin = self.start + self.header
+            if is_write:
+                self.stream.prepare_pages(
+                    buffer + request.begin,
+                    count,
+                    self.stream.pages + pages,
+                    self.stream.scratch + pages * Z_PAGE_SIZE,
+                )
+            pages += count
+            room -= needed
+            self.count += 1
+            self.start = after
+        return ENDED
+
+    cdef bint is_common(self, unsigned flags, unsigned command, uint64_t offset, uint64_t length) noexcept nogil:
+        """Say whether a request is for this loop, and right."""
+        cdef unsigned payload = Z_COMMAND_FLAG_PAYLOAD_LEN if self.extended and command == Z_COMMAND_WRITE else 0
+        if flags & Z_COMMAND_FLAG_FUA:
+            if self.flushing:
+                return False
+            flags &= ~<unsigned>Z_COMMAND_FLAG_FUA
+        if flags != payload:
+            return False
+        if command == Z_COMMAND_FLUSH:
+            return not self.flushing
+        if command == Z_COMMAND_WRITE or command == Z_COMMAND_TRIM:
+            if self.read_only:
+                return False
+        elif command != Z_COMMAND_READ:
+            return False
+        return (
+            length != 0
+            and (command == Z_COMMAND_TRIM or not (offset | length) & (Z_PAGE_SIZE - 1))
+            and offset <= self.disksize
+            and length <= self.disksize - offset
+        )
+
+    cdef bint apply(self) noexcept nogil:
+        """Apply a segment under the device's lock. Return false, and do nothing, if the client is gone."""
+        cdef uint64_t *superblock = self.device.superblock
+        cdef pthread_mutex_t *mutex = &self.device.lock.mutex
+        cdef Page *pages
+        cdef Request *request = self.requests
+        cdef Request *end = request + self.count
+        cdef uint8_t *scratch
+        cdef uint64_t count
+        pthread_mutex_lock(mutex)
+        # The fence: see zramd/nbd/inbox.py.
+        self.watch.revents = 0
+        if not self.owed and poll(&self.watch, 1, 0) > 0:
+            pthread_mutex_unlock(mutex)
+            return False
+        self.owed = False
+        while request < end:
+            count = request.length >> Z_PAGE_SHIFT
+            pages = self.stream.pages + request.page
+            if request.command == Z_COMMAND_READ:
+                superblock[Z_SUPERBLOCK_READS] += 1
+                superblock[Z_SUPERBLOCK_READ_SECTORS] += request.length >> 9
+                scratch = self.stream.scratch + request.page * Z_PAGE_SIZE
+                self.device.load(request.offset >> Z_PAGE_SHIFT, pages, count, scratch)
+            elif request.command == Z_COMMAND_WRITE:
+                superblock[Z_SUPERBLOCK_WRITES] += 1
+                superblock[Z_SUPERBLOCK_WRITE_SECTORS] += request.length >> 9
+                if not self.device.store(request.offset >> Z_PAGE_SHIFT, pages, count):
+                    superblock[Z_SUPERBLOCK_FAILED_WRITES] += 1
+                    request.failed = True
+                    snprintf(self.text, sizeof(self.text), "%s", self.device.pool.text)
+            elif request.command == Z_COMMAND_TRIM:
+                self.device.discard(request.offset, request.length)
+            request += 1
+        pthread_mutex_unlock(mutex)
+        return True
+
+    cdef void answer(self) noexcept nogil:
+        """Write the replies to a segment."""
+        cdef Request *request = self.requests
+        cdef Request *end = request + self.count
+        cdef uint64_t *superblock = self.device.superblock
+        cdef uint8_t *out = self.replies
+        cdef uint8_t *after
+        while request < end:
+            if request.failed:
+                out = self.put_error(out, request, Z_ERROR_ENOSPC)
+            elif request.command == Z_COMMAND_READ:
+                after = self.put_chunks(out, request) if self.structured else self.put_data(out, request)
+                if after == NULL:
+                    pthread_mutex_lock(&self.device.lock.mutex)
+                    superblock[Z_SUPERBLOCK_FAILED_READS] += 1
+                    pthread_mutex_unlock(&self.device.lock.mutex)
+                    after = self.put_error(out, request, Z_ERROR_EIO)
+                out = after
+            elif self.extended:
+                out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_NONE, 0)
+            else:
+                out = self.put_simple(out, request, 0)
+            request += 1
+        self.reply_size = out - self.replies
+
+    cdef uint8_t *put_simple(self, uint8_t *out, const Request *request, uint32_t error) noexcept nogil:
+        out = put32(out, Z_SIMPLE_REPLY_MAGIC)
+        out = put32(out, error)
+        return put64(out, request.cookie)
+
+    cdef uint8_t *put_chunk(
+        self, uint8_t *out, const Request *request, unsigned flags, unsigned kind, uint64_t length
+    ) noexcept nogil:
+        """Write the header of a chunk with `length` bytes of payload."""
+        out = put32(out, Z_EXTENDED_CHUNK_MAGIC if self.extended else Z_CHUNK_MAGIC)
+        out = put16(out, flags)
+        out = put16(out, kind)
+        out = put64(out, request.cookie)
+        if self.extended:
+            return put64(put64(out, request.offset), length)
+        return put32(out, length)
+
+    cdef uint8_t *put_error(self, uint8_t *out, const Request *request, uint32_t error) noexcept nogil:
+        cdef size_t length = strlen(self.text)
+        if not self.structured:
+            return self.put_simple(out, request, error)
+        out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_ERROR, 6 + length)
+        out = put16(put32(out, error), length)
+        memcpy(out, self.text, length)
+        return out + length
+
+    cdef uint8_t *put_data(self, uint8_t *out, const Request *request) noexcept nogil:
+        """Write a simple reply with data; NULL if a page is damaged."""
+        return self.put_pages(self.put_simple(out, request, 0), request, 0, request.length >> Z_PAGE_SHIFT)
+
+    cdef uint8_t *put_pages(
+        self, uint8_t *out, const Request *request, uint64_t first, uint64_t end
+    ) noexcept nogil:
+        """Write pages of a read, numbered from its offset on; NULL if one is damaged."""
+        cdef uint64_t number
+        for number in range(first, end):
+            if not self.stream.expand(self.stream.pages + request.page + number, out):
+                snprintf(
+                    self.text,
+                    sizeof(self.text),
+                    "page %llu is damaged",
+                    <unsigned long long>((request.offset >> Z_PAGE_SHIFT) + number),
+                )
+                return NULL
+            out += Z_PAGE_SIZE
+        return out
+
+    cdef uint8_t *put_chunks(self, uint8_t *out, const Request *request) noexcept nogil:
+        """Write runs of data, and of zeros as holes; NULL if a page is damaged."""
+        cdef const Page *pages = self.stream.pages + request.page
+        cdef uint64_t count = request.length >> Z_PAGE_SHIFT
+        cdef uint64_t first = 0, end, offset, size
+        cdef bint is_hole
+        cdef unsigned flags
+        while first < count:
+            is_hole = pages[first].length == 0 and pages[first].pattern == 0
+            end = first + 1
+            while end < count and (pages[end].length == 0 and pages[end].pattern == 0) == is_hole:
+                end += 1
+            offset, size = request.offset + first * Z_PAGE_SIZE, (end - first) * Z_PAGE_SIZE
+            flags = Z_CHUNK_DONE if end == count else 0
+            if is_hole:
+                out = self.put_chunk(out, request, flags, Z_CHUNK_OFFSET_HOLE, Z_WORD + 4)
+                out = put32(put64(out, offset), size)
+            else:
+                out = put64(self.put_chunk(out, request, flags, Z_CHUNK_OFFSET_DATA, Z_WORD + size), offset)
+                out = self.put_pages(out, request, first, end)
+                if out == NULL:
+                    return NULL
+            first = end
+        return out
+
+    cdef Outcome receive_more(self) noexcept nogil:
+        """Receive into the free end of the buffer, as Inbox.receive does."""
+        cdef uint64_t size = self.stream.bytes
+        cdef uint8_t *buffer = self.stream.start
+        cdef ssize_t count
+        cdef bint again = True
+        if not self.direct:
+            return self._receive_more()
+        if self.start == self.end:
+            self.start = self.end = 0
+        elif size - self.end < size // 4:
+            memmove(buffer, buffer + self.start, self.end - self.start)
+            self.start, self.end = 0, self.end - self.start
+        while True:
+            count = recv(self.watch.fd, buffer + self.end, size - self.end, 0)
+            if count > 0:
+                self.end += count
+                self.received += count
+                return MORE
+            if count == 0:
+                return ENDED
+            if errno == ECONNRESET and again:
+                again = False
+            elif errno != EINTR:
+                return self.fail_with(errno)
+
+    cdef Outcome _receive_more(self) noexcept with gil:
+        try:
+            self._give_inbox()
+            more = self.inbox.receive()
+            self._take_inbox()
+            return MORE if more else ENDED
+        except BaseException as error:
+            self.error = error
+            return FAILED
+
+    cdef Outcome fail_with(self, int number) noexcept with gil:
+        self.error = OSError(number, strerror(number).decode())
+        return UNSENT if number == EPIPE or number == ECONNRESET else FAILED
+
+    cdef Outcome send_replies(self) noexcept nogil:
+        """Send all replies. The lock is not held: a slow client holds up nobody else."""
+        cdef uint64_t sent = 0
+        cdef ssize_t count
+        while sent < self.reply_size:
+            if not self.direct:
+                return self._send_replies()
+            count = send(self.watch.fd, self.replies + sent, self.reply_size - sent, MSG_NOSIGNAL)
+            if count >= 0:
+                sent += count
+            elif errno != EINTR:
+                return self.fail_with(errno)
+        self.reply_size = 0
+        return MORE
+
+    cdef Outcome _send_replies(self) noexcept with gil:
+        cdef uint64_t sent = 0
+        try:
+            while sent < self.reply_size:
+                sent += self.sock.sendmsg([PyMemoryView_FromMemory(
+                    <char *>self.replies + sent, self.reply_size - sent, PyBUF_READ
+                )])
+            self.reply_size = 0
+            return MORE
+        except (BrokenPipeError, ConnectionResetError) as error:
+            self.error = error
+            return UNSENT
+        except BaseException as error:
+            self.error = error
+            return FAILED
