@@ -30,6 +30,7 @@ from tests.nbd_bytes import (
 from tests.property.test_device import make_data
 from zramd import __version__
 from zramd.cli import main
+from zramd.native import choose
 
 MODULE = [sys.executable, "-m", "zramd"]
 SCRIPT = [str(Path(sys.executable).with_name("zramd"))]
@@ -38,8 +39,13 @@ DATA = bytes(make_data("half", 1, 1 << 20)) + bytes(make_data("pattern", 2, 1 <<
 NOBODY = 65534
 
 
-def zramd(*arguments: str | Path, program: list[str] = MODULE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False)
+def zramd(
+    *arguments: str | Path, program: list[str] = MODULE, engine: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"ZRAMD_ENGINE": engine} if engine else {})
+    return subprocess.run(
+        [*program, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False, env=environment
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
@@ -481,7 +487,16 @@ def test_help_names_every_verb() -> None:
         assert f"\n  {verb} " in done.stdout
 
 
+def test_the_engine_is_told_and_can_be_chosen() -> None:
+    assert f"\nengine  {choose().value}" in zramd("version", "-v").stdout
+    assert "\nengine  python, since ZRAMD_ENGINE says so\n" in zramd("version", "-v", engine="python").stdout
+    for verb in (["version", "-v"], ["serve", "--volatile"]):
+        refused = zramd(*verb, engine="fast")
+        assert_refused(refused, 1, "ZRAMD_ENGINE=fast is not an engine: choose python or native")
+
+
 def test_the_version_is_told() -> None:
+    assert zramd("version").stdout == f"zramd {__version__}\n"
     assert zramd("--version").stdout == f"zramd {__version__}\n"
 
 

@@ -348,9 +348,8 @@ class Page:
             return EMPTY
         if self.data == self.data[:8] * (PAGE // 8):
             return SAME_FILLED
-        stored = opened.device.stream(bytearray(self.data)).prepare(0, PAGE, 0)[0]
-        assert not isinstance(stored, int)
-        return HUGE if len(stored) == PAGE else COMPRESSED
+        stored = opened.device.identity.codec.compressor(bytearray(self.data))(0)
+        return HUGE if len(stored) >= opened.device.pool.geometry.huge_limit else COMPRESSED
 
     def allocation(self) -> int:
         if self.is_empty:

@@ -13,6 +13,7 @@ _VERBS = {
     "set": "zramd.cli.control:set_attributes",
     "compact": "zramd.cli.control:compact",
     "reset": "zramd.cli.control:reset",
+    "version": "zramd.cli.version:version",
 }
 
 

@@ -11,6 +11,7 @@ from zramd.daemon import DaemonError, run
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
 from zramd.log import start_log
+from zramd.native import EngineError, choose
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.settings import DiskSettings, Settings, UnixAddress
@@ -90,6 +91,7 @@ def serve(
         raise click.UsageError("--state and --volatile exclude each other")
     start_log()
     try:
+        choose()
         if config is not None:
             _require_alone(context)
             settings = load(config, stdio=stdio)
@@ -117,7 +119,7 @@ def serve(
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),
             )
         run(settings, partial(click.echo, err=stdio))
-    except (ConfigError, DaemonError) as error:
+    except (ConfigError, DaemonError, EngineError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(str(error) if error.filename else error.strerror or str(error)) from error

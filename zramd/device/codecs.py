@@ -17,6 +17,7 @@ import lz4.block
 import zstandard
 
 from zramd.layout import PAGE_SIZE
+from zramd.native import Engine, choose, library_versions
 
 Compress = Callable[[int], bytes | bytearray]
 """Compresses the page at an offset in the compressor's source buffer; the result may be longer than the page."""
@@ -293,17 +294,21 @@ def parse_codec(text: str) -> Codec:
 
 def lz4_implementation() -> str:
     """Say which call compresses for lz4: `one-shot` (the kernel's) or `streaming`."""
-    return "one-shot" if _one_shot() else "streaming"
+    return "one-shot" if choose() is Engine.NATIVE or _one_shot() else "streaming"
 
 
 def describe(chosen: str) -> str:
     """Return a line for each codec, the chosen one in brackets: its library, and the call that compresses a page."""
-    lz4_library = f"liblz4 {lz4.library_version_string()} in the package lz4 {lz4.__version__}"
-    call = "LZ4_compress_fast, one-shot as the kernel's" if _one_shot() else "LZ4_compress_fast_continue, streaming"
-    zstd_version = ".".join(map(str, zstandard.ZSTD_VERSION))
+    one_shot = lz4_implementation() == "one-shot"
+    call = "LZ4_compress_fast, one-shot as the kernel's" if one_shot else "LZ4_compress_fast_continue, streaming"
+    if choose() is Engine.NATIVE:
+        lz4_version, zstd_version = (f"{version} of the system" for version in library_versions())
+    else:
+        lz4_version = f"{lz4.library_version_string()} in the package lz4 {lz4.__version__}"
+        zstd_version = f"{'.'.join(map(str, zstandard.ZSTD_VERSION))} in the package zstandard {zstandard.__version__}"
     lines = {
-        "lz4": f"{lz4_library}: {call}",
-        "lz4hc": f"{lz4_library}: LZ4_compress_HC",
-        "zstd": f"libzstd {zstd_version} in the package zstandard {zstandard.__version__}",
+        "lz4": f"liblz4 {lz4_version}: {call}",
+        "lz4hc": f"liblz4 {lz4_version}: LZ4_compress_HC",
+        "zstd": f"libzstd {zstd_version}",
     }
     return "".join(f"{f'[{name}]' if name == chosen else name:<8}{lines[name]}\n" for name in NAMES)

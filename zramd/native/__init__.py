@@ -50,13 +50,18 @@ def _load() -> ModuleType:
     return importlib.import_module("zramd.native.engine")
 
 
+def library_versions() -> tuple[str, str]:
+    """Return the versions of liblz4 and libzstd that the compiled engine uses."""
+    engine = _load()
+    return engine.lz4_version(), engine.zstd_version()
+
+
 def describe() -> str:
-    """Return a line on the engine in use. Raises EngineError as `choose`."""
+    """Return a line on the engine in use, and why it is that one. Raises EngineError as `choose`."""
     if choose() is Engine.NATIVE:
-        engine = _load()
-        return f"native: liblz4 {engine.lz4_version()}, libzstd {engine.zstd_version()} of the system"
+        return "native"
     try:
         _load()
     except ImportError as error:
-        return f"python: the compiled engine is not here ({error})"
-    return f"python: {VARIABLE} asks for it"
+        return f"python, since the compiled one cannot be loaded: {error}"
+    return f"python, since {VARIABLE} says so"

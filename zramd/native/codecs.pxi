@@ -133,6 +133,12 @@ cdef class Codec:
         ZSTD_freeCCtx(self.compressor)
         ZSTD_freeDCtx(self.decompressor)
 
+    def compress_page(self, page):
+        """Return a page (in a writable buffer) compressed."""
+        cdef const uint8_t *source = <const uint8_t *>address(page)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, self.bound)
+        return out[: self.compress(source, <uint8_t *><char *>out)]
+
     cdef uint32_t compress(self, const uint8_t *page, uint8_t *target) noexcept nogil:
         """Compress a page to at most `bound` bytes. Return how many, or a page's bytes if the library failed."""
         cdef const char *source = <const char *>page

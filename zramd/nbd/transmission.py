@@ -217,7 +217,7 @@ class Transmission:
                     except (NoSpaceError, PageError) as error:
                         replies.fail(cookie, offset, _failure(error))
                         continue
-                    if flags & _FUA or command == _FLUSH:
+                    if self._flush and (flags & _FUA or command == _FLUSH):
                         self._durable.append((cookie, offset))
                     else:
                         done(cookie, offset)
@@ -272,7 +272,7 @@ class Transmission:
                 failure = self._discard_pieces(command, flags, offset, length)
         if failure:
             self._replies.fail(cookie, offset, failure)
-        elif flags & _FUA or command == _FLUSH:
+        elif self._flush and (flags & _FUA or command == _FLUSH):
             self._durable.append((cookie, offset))
         else:
             self._replies.done(cookie, offset)
@@ -337,8 +337,8 @@ class Transmission:
 
     def _send(self) -> None:
         """Send all replies gathered so far. The lock is not held: a slow client holds up nobody else."""
-        if self._durable:
-            self._answer_durable()
+        if self._flush and self._durable:
+            self._answer_durable(self._flush)
         parts, size = self._replies.parts, self._replies.size
         while parts:
             try:
@@ -360,10 +360,9 @@ class Transmission:
                 parts[0] = memoryview(parts[0])[sent:]
         self._replies.size = 0
 
-    def _answer_durable(self) -> None:
+    def _answer_durable(self, flush: Callable[[], None]) -> None:
         try:
-            if self._flush:
-                self._flush()
+            flush()
         except OSError as error:
             failure = Failure(Error.EIO, f"the medium failed: {error.strerror}")
             for cookie, offset in self._durable:

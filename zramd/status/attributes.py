@@ -11,6 +11,7 @@ from pathlib import Path
 from zramd import __version__
 from zramd.device import codecs
 from zramd.device.disk import Disk, UninitialisedError
+from zramd.native import choose
 from zramd.zsmalloc.stats import format_classes
 
 
@@ -104,6 +105,7 @@ def everything(served: Served) -> dict[str, object]:
         "comp_algorithm": disk.algorithm,
         "level": identity.codec.level if identity else None,
         "dictionary_bytes": len(identity.codec.dictionary) if identity else 0,
+        "engine": choose().value,
         "lz4_implementation": codecs.lz4_implementation(),
         "chain_size": identity.chain_size if identity else None,
         "mm_stat": asdict(disk.mm_stat()),
