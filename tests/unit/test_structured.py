@@ -626,12 +626,7 @@ def test_a_read_only_export_is_read_as_any_other(opened: OpenDevice, dialect: Di
     expected = dialect.content(1, 5, TEXT[5:15]) + dialect.done(2) + dialect.done(3)
     if contexts:
         stream += dialect.request(BLOCK_STATUS, 4, 0, PAGE)
-        expected = (
-            dialect.content(1, 5, TEXT[5:15])
-            + dialect.status(4, 0, {2: [(PAGE, 2)]})
-            + dialect.done(2)
-            + dialect.done(3)
-        )
+        expected += dialect.status(4, 0, {2: [(PAGE, 2)]})
     assert talk(opened, dialect, stream, contexts, read_only=True) == expected
 
 
