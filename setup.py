@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "zramd" / "native"
@@ -67,7 +68,7 @@ class BuildEngine(build_ext):
         except Exception as error:
             if os.environ.get("ZRAMD_ENGINE") == "native":
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = "the compiler failed" if isinstance(error, CCompilerError) else str(error).strip().splitlines()[0]
             print(f"zramd: without the compiled engine, which needs {NEEDED}: {reason}", file=sys.stderr)
             self.extensions = []
 

@@ -20,6 +20,43 @@ settings.register_profile("zramd", deadline=None)
 settings.load_profile("zramd")
 
 
+NO_ENGINE = {
+    *(
+        "test_access",
+        "test_activation",
+        "test_classes",
+        "test_codecs",
+        "test_compaction",
+        "test_config",
+        "test_engines",
+    ),
+    *(
+        "test_example_config",
+        "test_handshake",
+        "test_log",
+        "test_memory",
+        "test_native",
+        "test_options",
+        "test_pool",
+        "test_sizes",
+    ),
+}
+"""Modules for which it is all the same which engine runs the hot path, or which run both."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let scripts/test run with the second engine what the engine matters to."""
+    parser.addoption("--hot-path", action="store_true", help="only the tests for which the engine matters")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that --hot-path leaves out."""
+    if config.getoption("--hot-path"):
+        left_out = [item for item in items if item.path.stem in NO_ENGINE]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.path.stem not in NO_ENGINE]
+
+
 @dataclass
 class ServerProcess:
     """A `zramd serve` of a test's own."""
