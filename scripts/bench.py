@@ -1,189 +1,254 @@
-"""Measure zramd against nbdkit's memory plugin: one fio line, one run, interleaved repetitions, medians and ratios.
+"""Measure zramd beside other servers: the same clients, one run, interleaved repetitions, medians and ratios."""
 
-Every server gets a device of 1 GiB, written once in full with the benchmark's data before anything is counted, so that
-each measured write is an overwrite and each read finds data. The servers take turns inside each repetition, so that
-other load on the machine meets all of them alike.
-"""
-
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 import click
+from corpus import collect
+from expected import Bare, Data, bare_codec, expectations
+from harness import Interrupt, StepError
+from kernel_build import SkippedError
+from measuring import (
+    MIB,
+    SHARED_MEMORY,
+    Machine,
+    Progress,
+    ending_well,
+    output_option,
+    plots_option,
+    require_memory,
+    this_machine,
+)
+from other_servers import all_peers
+from peers import Peer
+from report import Results, table, workload_table, write_json
+from workloads import COMPRESSIBLE, QUICK, WORKLOADS, Disk, Workload, fill, fio_pages
 
-SIZE = "1G"
-COMPRESSIBLE = 60  # percent, of fio's data
-TICK = os.sysconf("SC_CLK_TCK")
+from zramd.cli.options import Parsed
+from zramd.native import Engine
+from zramd.sizes import parse_size
+
+MOST_CORPUS = 256 * MIB
+FIO_PAGES = 64 * MIB  # enough for a codec's own benchmark
+BARE_SECONDS = 1
+LEAST_SIZE = 64 * MIB
+SECONDS, REPEAT = 2.0, 5
+QUICK_SECONDS, QUICK_REPEAT = 0.5, 3
+QUICK_SERVERS = ("zramd * lz4", "nbdkit *", "kernel *")
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """One fio job: pattern, block size, queue depth."""
+class Plan:
+    """What is to be done: on which servers (their names), what, for how many seconds, how often."""
 
-    pattern: str
-    block: str
-    depth: int
-
-    @property
-    def name(self) -> str:
-        """Return what the tables call it."""
-        return f"{self.pattern} {self.block} qd{self.depth}"
+    servers: list[str]
+    workloads: list[Workload]
+    seconds: float
+    repeat: int
+    size: int
 
 
-WORKLOADS = [
-    Workload("randwrite", "4k", 32),
-    Workload("randread", "4k", 32),
-    Workload("randwrite", "4k", 1),
-    Workload("randread", "4k", 1),
-    Workload("write", "128k", 32),
-    Workload("read", "128k", 32),
-]
+@dataclass
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        engine: the engine of zramd that much is expected of, "" without zramd.
+        reference: the server that the others are compared with.
+    """
+
+    machine: Machine = field(default_factory=this_machine)
+    engine: str = ""
+    reference: str = ""
+    results: Results = field(default_factory=Results)
+    bare: list[Bare] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One run: requests a second, percentiles of latency in microseconds, server CPU microseconds a 4 KiB page."""
+class Bench:
+    """One run."""
 
-    iops: float
-    p50: float
-    p99: float
-    cpu_per_page: float
+    def __init__(self, plan: Plan, interrupt: Interrupt) -> None:
+        self._plan = plan
+        self._interrupt = interrupt
+        self._progress = Progress()
+        self.outcome = Outcome()
 
+    def run(self) -> None:
+        """Start the servers, fill their devices, measure, and stop them again."""
+        with ExitStack() as undo:
+            undo.callback(self._progress.close)
+            directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="zramd-bench-", dir=SHARED_MEMORY)))
+            self._progress.note("collecting the corpus")
+            corpus = collect(min(MOST_CORPUS, self._plan.size // 4 // MIB * MIB), self._interrupt)
+            disk = Disk(self._plan.size, corpus)
+            peers = self._start(directory, undo)
+            for peer in peers:
+                self._progress.note(f"filling {peer.name}")
+                fill(peer, disk, self._interrupt)
+            pages = {Data.FIO: directory / "pages", Data.CORPUS: corpus.path}
+            fio_pages(pages[Data.FIO], FIO_PAGES, self._interrupt)
+            self._measure(peers, disk, pages)
 
-def peers(algorithms: list[str]) -> dict[str, list[str]]:
-    """Return the command of each server; {socket} and {status} stand for the paths it is given."""
-    commands = {
-        f"zramd {algorithm}": [
-            *(sys.executable, "-m", "zramd", "serve", "--volatile", "--size", SIZE, "--algorithm", algorithm),
-            *("--unix", "{socket}", "--status", "{status}"),
+    def _start(self, directory: Path, undo: ExitStack) -> list[Peer]:
+        """Start the servers that are chosen and that this machine has."""
+        chosen = [peer for peer in all_peers(directory, self._plan.size) if peer.name in self._plan.servers]
+        require_memory(len(chosen) * self._plan.size, "choose fewer with --server, or a smaller --size")
+        outcome = self.outcome
+        started = []
+        for peer in chosen:
+            self._progress.note(f"starting {peer.name}")
+            undo.callback(peer.stop)
+            try:
+                peer.start(self._interrupt)
+            except SkippedError as reason:
+                outcome.left_out[peer.name] = str(reason)
+                self._progress.line(f"{peer.name} is left out: {reason}")
+            else:
+                outcome.versions[peer.name] = peer.version()
+                started.append(peer)
+        if not started:
+            raise StepError("no server is left to measure")
+        for engine in (Engine.PYTHON, Engine.NATIVE):
+            if any(name.startswith(f"zramd {engine.value} ") for name in outcome.versions):
+                outcome.engine = engine.value
+        best = f"zramd {outcome.engine} lz4"
+        outcome.reference = best if best in outcome.versions else started[0].name
+        return started
+
+    def _measure(self, peers: list[Peer], disk: Disk, pages: dict[Data, Path]) -> None:
+        plan, outcome = self._plan, self.outcome
+        codecs = self._codecs()
+        self._progress.begin(plan.repeat * (len(codecs) + len(plan.workloads) * len(peers)))
+        for turn in range(1, plan.repeat + 1):
+            for algorithm, data in codecs:
+                self._progress.step(f"{algorithm} alone, {data}")
+                outcome.bare.append(bare_codec(algorithm, data, pages[data], BARE_SECONDS, self._interrupt))
+            for workload in plan.workloads:
+                for peer in peers:
+                    self._progress.step(f"{workload.name}, {peer.name}")
+                    sample = workload.run(peer, disk, plan.seconds, turn, self._interrupt)
+                    outcome.results.add(workload.name, peer.name, sample)
+
+    def _codecs(self) -> list[tuple[str, Data]]:
+        """Return the codecs that something in this run is compared with."""
+        chosen = {workload.name for workload in self._plan.workloads}
+        return [
+            (algorithm, data)
+            for algorithm in ("lz4", "zstd")
+            for data in Data
+            if f"zramd {self.outcome.engine} {algorithm}" in self.outcome.versions
+            and chosen.intersection(data.workloads)
         ]
-        for algorithm in algorithms
+
+
+def report(plan: Plan, outcome: Outcome) -> Iterator[str]:
+    """Yield the lines of a report."""
+    yield f"{outcome.machine}; devices of {plan.size // MIB} MiB, {plan.seconds:g} s a measurement, {plan.repeat} times"
+    yield from (f"  {name}: {version}" for name, version in outcome.versions.items())
+    yield from (f"  {name} is left out: {reason}" for name, reason in outcome.left_out.items())
+    for workload in plan.workloads:
+        yield from workload_table(workload, outcome.results, outcome.reference)
+    yield ""
+    yield f"Medians, with the least and the greatest. fio's data is {COMPRESSIBLE}% compressible. A page has 4 KiB."
+    yield "MiB: resident memory with the file that is served; of kernel zram mem_used_total. Kernel zram works in its"
+    yield "client, so its CPU time is there. *: the client had no time to spare, a faster server would not show."
+    if not outcome.engine:
+        return
+    yield ""
+    rows = [each.row() for each in expectations(outcome.results, outcome.bare, outcome.engine)]
+    yield from table([f"expected ({outcome.engine} engine)", "bound", "median", "min..max", ""], rows)
+    yield "5. cost a page against disksize and fill: scripts/scaling"
+
+
+def as_json(plan: Plan, outcome: Outcome) -> dict[str, object]:
+    """Return all of it, ready for JSON."""
+    return {
+        "machine": outcome.machine,
+        "size": plan.size,
+        "seconds": plan.seconds,
+        "repeat": plan.repeat,
+        "reference": outcome.reference,
+        "versions": outcome.versions,
+        "left_out": outcome.left_out,
+        "medians": list(outcome.results.medians()),
+        "expected": list(expectations(outcome.results, outcome.bare, outcome.engine)),
+        "bare_codecs": outcome.bare,
+        "samples": list(outcome.results.rows()),
     }
-    for allocator in ("malloc", "zstd"):
-        commands[f"nbdkit {allocator}"] = ["nbdkit", "-f", "-U", "{socket}", "memory", SIZE, f"allocator={allocator}"]
-    return commands
 
 
-@contextmanager
-def serving(name: str, command: list[str], directory: Path) -> Iterator[tuple[int, Path]]:
-    """Run a server. Yield its process id and its socket."""
-    base = directory / name.replace(" ", "-")
-    socket = base.with_suffix(".nbd")
-    arguments = [part.format(socket=socket, status=base.with_suffix(".status")) for part in command]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
-        try:
-            while subprocess.run(["nbdinfo", "--size", uri(socket)], capture_output=True).returncode:
-                if process.poll() is not None:
-                    raise click.ClickException(f"{name} did not start")
-                time.sleep(0.05)
-            yield process.pid, socket
-        finally:
-            process.terminate()
+Named = TypeVar("Named", Peer, Workload)
 
 
-def uri(socket: Path) -> str:
-    """Return the NBD URI of a Unix socket."""
-    return f"nbd+unix:///?socket={socket}"
+def choose(option: str, patterns: Sequence[str], offered: Sequence[Named]) -> list[Named]:
+    """Return what has a name that matches one of the patterns of an option."""
+    chosen = [each for each in offered if any(fnmatchcase(each.name, pattern) for pattern in patterns)]
+    if not chosen:
+        names = ", ".join(each.name for each in offered)
+        raise click.BadParameter(f"none has such a name; there are {names}", param_hint=option)
+    return chosen
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
-
-
-def fio(socket: Path, workload: Workload, *limits: str) -> dict[str, dict[str, float]]:
-    """Run one fio job and return its result."""
-    result = subprocess.run(
-        [
-            *("fio", "--name=bench", "--ioengine=nbd", f"--uri={uri(socket)}", f"--rw={workload.pattern}"),
-            *(f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={SIZE}", "--refill_buffers"),
-            *(f"--buffer_compress_percentage={COMPRESSIBLE}", "--output-format=json", *limits),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        raise click.ClickException(f"fio failed: {(result.stderr or result.stdout).strip().splitlines()[-1]}")
-    job: dict[str, dict[str, float]] = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
-    return job
-
-
-def measure(pid: int, socket: Path, workload: Workload, seconds: int) -> Sample:
-    """Run a workload for some seconds."""
-    before = cpu_seconds(pid)
-    job = fio(socket, workload, "--time_based", f"--runtime={seconds}")
-    used = cpu_seconds(pid) - before
-    side = job["read" if "read" in workload.pattern else "write"]
-    latency: dict[str, float] = side["clat_ns"]["percentile"]  # type: ignore[index]
-    return Sample(
-        iops=side["iops"],
-        p50=latency["50.000000"] / 1000,
-        p99=latency["99.000000"] / 1000,
-        cpu_per_page=used * 1e6 / (side["io_bytes"] / 4096),
-    )
-
-
-def median(samples: list[Sample]) -> Sample:
-    """Return the median of each figure."""
-    return Sample(*(statistics.median(figures) for figures in zip(*(asdict(s).values() for s in samples), strict=True)))
-
-
-def table(results: dict[str, dict[str, list[Sample]]]) -> Iterator[str]:
-    """Yield the lines of a report; the ratios are of the first server's IOPS to each other's."""
-    for workload, servers in results.items():
-        first = next(iter(servers))
-        reference = median(servers[first]).iops
-        yield f"\n{workload}"
-        yield f"  {'':14}{'IOPS':>9}{'min':>9}{'max':>9}{'p50 us':>9}{'p99 us':>9}{'cpu us/page':>13}  {first} / this"
-        for name, samples in servers.items():
-            middle = median(samples)
-            low, high = min(s.iops for s in samples), max(s.iops for s in samples)
-            yield (
-                f"  {name:14}{middle.iops:9.0f}{low:9.0f}{high:9.0f}{middle.p50:9.0f}{middle.p99:9.0f}"
-                f"{middle.cpu_per_page:13.2f}  {reference / middle.iops:.2f}"
-            )
+def parse_disk_size(text: str) -> int:
+    """Return a size that can be laid out."""
+    size = parse_size(text)
+    if size < LEAST_SIZE or size % MIB:
+        raise ValueError(f"{text} is not a whole number of MiB, or less than {LEAST_SIZE // MIB}")
+    return size
 
 
 @click.command()
-@click.option("--seconds", default=5, show_default=True, help="Length of each measurement.")
-@click.option("--repeat", default=5, show_default=True, help="Repetitions; the medians are reported.")
-@click.option("--algorithm", multiple=True, default=["lz4"], show_default=True, help="Of zramd; may be repeated.")
-@click.option("--quick", is_flag=True, help="Only 4k at depth 32, three repetitions of 3 seconds.")
-@click.option("--output", type=click.Path(path_type=Path), help="Also write every sample to this JSON file.")
-def main(seconds: int, repeat: int, algorithm: tuple[str, ...], quick: bool, output: Path | None) -> None:
-    """Measure zramd and nbdkit's memory plugin with the same fio jobs, on this machine, in one run."""
-    workloads = WORKLOADS[:2] if quick else WORKLOADS
-    seconds, repeat = (3, 3) if quick else (seconds, repeat)
-    commands = peers(list(algorithm))
-    results: dict[str, dict[str, list[Sample]]] = {w.name: {name: [] for name in commands} for w in workloads}
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        servers = {name: stack.enter_context(serving(name, cmd, Path(directory))) for name, cmd in commands.items()}
-        for name, (_, socket) in servers.items():
-            click.echo(f"filling {name}", err=True)
-            fio(socket, Workload("write", "128k", 32))
-        for turn in range(1, repeat + 1):
-            for workload in workloads:
-                for name, (pid, socket) in servers.items():
-                    sample = measure(pid, socket, workload, seconds)
-                    results[workload.name][name].append(sample)
-                    click.echo(f"{turn}/{repeat} {workload.name:18} {name:14} {sample.iops:9.0f} IOPS", err=True)
-    click.echo(
-        f"{os.cpu_count()} CPUs, {seconds} s a measurement, medians of {repeat}; data {COMPRESSIBLE}% compressible"
+@click.option("--size", type=Parsed("size", parse_disk_size), default="1G", show_default=True, help="Of each device.")
+@click.option("--seconds", type=click.FloatRange(0.1), help=f"Of each measurement. Default: {SECONDS}.")
+@click.option("--repeat", type=click.IntRange(1), help=f"Repetitions: medians are shown. Default: {REPEAT}.")
+@click.option("--server", multiple=True, help="Only those of such a name, as 'zramd*'; may be repeated.")
+@click.option("--workload", multiple=True, help="Only those of such a name, as '*128k*'; may be repeated.")
+@click.option("--quick", is_flag=True, help="Few servers and workloads, three repetitions of 0.5 s: two minutes.")
+@output_option
+@plots_option
+def main(
+    size: int,
+    seconds: float | None,
+    repeat: int | None,
+    server: tuple[str, ...],
+    workload: tuple[str, ...],
+    quick: bool,
+    output: Path | None,
+    plots: Path | None,
+) -> None:
+    """Measure zramd, other NBD servers and kernel zram with the same clients, on this machine, in one run.
+
+    \b
+    Example:
+      scripts/bench --server 'zramd*' --server nbdkit* --workload '*4k qd32' --output bench.json --plots plots
+    """
+    offered = all_peers(SHARED_MEMORY, size)
+    plan = Plan(
+        [peer.name for peer in choose("--server", server or (QUICK_SERVERS if quick else ["*"]), offered)],
+        choose("--workload", workload or (QUICK if quick else ["*"]), WORKLOADS),
+        seconds or (QUICK_SECONDS if quick else SECONDS),
+        repeat or (QUICK_REPEAT if quick else REPEAT),
+        size,
     )
-    for line in table(results):
-        click.echo(line)
-    if output is not None:
-        samples = {w: {name: [asdict(s) for s in taken] for name, taken in by.items()} for w, by in results.items()}
-        output.write_text(json.dumps(samples, indent=2) + "\n")
+    with ending_well() as interrupt:
+        bench = Bench(plan, interrupt)
+        bench.run()
+        for line in report(plan, bench.outcome):
+            click.echo(line)
+        if output is not None:
+            write_json(output, as_json(plan, bench.outcome))
+        if plots is not None:
+            from plots import bench_plots
+
+            outcome = bench.outcome
+            bench_plots(plots, outcome.results, plan.workloads, outcome.reference, outcome.machine)
 
 
 if __name__ == "__main__":
