@@ -25,9 +25,9 @@ from typing import Any
 
 import click
 import nbd
-from bench import cpu_seconds, uri
 from harness import ERRORS, Display, Interrupt, Server, StepError, end_group, last_lines, messages, mib
 from leaving import FILLED, FILLED_BYTES, Leavers, LostError, shadow
+from peers import cpu_seconds, uri
 from stalling import HANDSHAKE, NEVER_READING, SLOW_WRITING, TLS_HANDSHAKE, TRANSMISSION, HelperError, Stage, stalling
 
 from zramd.layout import PAGE_SIZE

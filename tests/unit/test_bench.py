@@ -6,6 +6,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
+from bench import parse_disk_size
 from expected import Expectation, bare_speeds
 from experiments import Growth
 from harness import StepError
@@ -116,3 +117,10 @@ def test_growth_is_more_than_a_figure_may_grow(
     kind: Growth, values: list[float], grown: tuple[float, int] | None
 ) -> None:
     assert growth([0.0, 1.0, 2.0], values, kind) == grown
+
+
+def test_a_device_is_laid_out_in_whole_mib() -> None:
+    assert parse_disk_size("1G") == 1 << 30
+    for text in ("63M", "64.5M", "1000000000"):
+        with pytest.raises(ValueError, match="not a whole number of MiB"):
+            parse_disk_size(text)
