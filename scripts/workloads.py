@@ -182,7 +182,7 @@ WORKLOADS: list[Workload] = [
     *(_fio(pattern, 128, 32) for pattern in ("write", "read")),
     FioJob("mix 70/30 4k qd32", 4096, 1, "randrw", 32, ("--rwmixread=70",)),
     *(_fio(pattern, 4, 32, connections) for connections in (2, 4) for pattern in ("randwrite", "randread")),
-    *(_fio(pattern, 128, 32, 4) for pattern in ("write", "read")),
+    *(_fio(pattern, 128, 32, connections) for connections in (2, 4) for pattern in ("write", "read")),
     FioJob("hot overwrite 4k qd32", 4096, 1, "randwrite", 32, ("--random_distribution=zipf:1.2",), 64 * MIB),
     FioJob("discard+write 4k qd32", 4096, 1, "randtrimwrite", 32),
     *(
