@@ -761,6 +761,28 @@ def test_a_damaged_page_cannot_be_changed_in_part(opened: OpenDevice, dialect: D
     )
 
 
+@dialects_with_chunks
+def test_each_of_several_errors_says_what_it_is_about(opened: OpenDevice, dialect: Dialect) -> None:
+    fill(opened, TEXT)
+    for page in (2, 5):
+        damage(opened.device, page)
+    opened.device.set_mem_limit(PAGE)
+    with serve(opened, dialect) as peer:
+        stream = (
+            dialect.request(READ, 1, 2 * PAGE, PAGE)
+            + dialect.write(2, MIB, RAW)
+            + dialect.request(READ, 3, 5 * PAGE, PAGE)
+            + dialect.request(READ, 4, PAGE, PAGE)
+        )
+        *errors, good = dialect.parse(exchange(peer.client, stream))
+        assert peer.join() is None
+    texts = [payload[6:].decode() for _, kind, _, _, payload in errors if kind == ERROR_CHUNK]
+    assert len(texts) == 3
+    for text, words in zip(texts, ("page 2 is damaged", f"limit of {PAGE} bytes", "page 5 is damaged"), strict=True):
+        assert words in text
+    assert good[2] == 4
+
+
 # Many requests
 
 

@@ -73,7 +73,8 @@ cdef class Loop:
     cdef uint64_t reply_size
     cdef Request *requests
     cdef uint64_t count
-    cdef char text[256]
+    cdef char no_space[256]
+    cdef char damage[64]
 
     def __cinit__(
         self, Stream stream, sock, inbox, *, bint direct, uint64_t disksize, bint structured, bint read_only,
@@ -270,7 +271,7 @@ cdef class Loop:
                 if not self.device.store(request.offset >> Z_PAGE_SHIFT, pages, count):
                     superblock[Z_SUPERBLOCK_FAILED_WRITES] += 1
                     request.failed = True
-                    snprintf(self.text, sizeof(self.text), "%s", self.device.pool.text)
+                    snprintf(self.no_space, sizeof(self.no_space), "%s", self.device.pool.text)
             elif request.command == Z_COMMAND_TRIM:
                 self.device.discard(request.offset, request.length)
             request += 1
@@ -286,14 +287,14 @@ cdef class Loop:
         cdef uint8_t *after
         while request < end:
             if request.failed:
-                out = self.put_error(out, request, Z_ERROR_ENOSPC)
+                out = self.put_error(out, request, Z_ERROR_ENOSPC, self.no_space)
             elif request.command == Z_COMMAND_READ:
                 after = self.put_chunks(out, request) if self.structured else self.put_data(out, request)
                 if after == NULL:
                     pthread_mutex_lock(&self.device.lock.mutex)
                     superblock[Z_SUPERBLOCK_FAILED_READS] += 1
                     pthread_mutex_unlock(&self.device.lock.mutex)
-                    after = self.put_error(out, request, Z_ERROR_EIO)
+                    after = self.put_error(out, request, Z_ERROR_EIO, self.damage)
                 out = after
             elif self.extended:
                 out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_NONE, 0)
@@ -319,13 +320,15 @@ cdef class Loop:
             return put64(put64(out, request.offset), length)
         return put32(out, length)
 
-    cdef uint8_t *put_error(self, uint8_t *out, const Request *request, uint32_t error) noexcept nogil:
-        cdef size_t length = strlen(self.text)
+    cdef uint8_t *put_error(
+        self, uint8_t *out, const Request *request, uint32_t error, const char *text
+    ) noexcept nogil:
+        cdef size_t length = strlen(text)
         if not self.structured:
             return self.put_simple(out, request, error)
         out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_ERROR, 6 + length)
         out = put16(put32(out, error), length)
-        memcpy(out, self.text, length)
+        memcpy(out, text, length)
         return out + length
 
     cdef uint8_t *put_data(self, uint8_t *out, const Request *request) noexcept nogil:
@@ -340,8 +343,8 @@ cdef class Loop:
         for number in range(first, end):
             if not self.stream.expand(self.stream.pages + request.page + number, out):
                 snprintf(
-                    self.text,
-                    sizeof(self.text),
+                    self.damage,
+                    sizeof(self.damage),
                     "page %llu is damaged",
                     <unsigned long long>((request.offset >> Z_PAGE_SHIFT) + number),
                 )
@@ -398,7 +401,7 @@ cdef class Loop:
             if errno == ECONNRESET and again:
                 again = False
             elif errno != EINTR:
-                return self.fail_with(errno)
+                return self.fail_with(errno, FAILED)
 
     cdef Outcome _receive_more(self) noexcept with gil:
         try:
@@ -410,9 +413,9 @@ cdef class Loop:
             self.error = error
             return FAILED
 
-    cdef Outcome fail_with(self, int number) noexcept with gil:
+    cdef Outcome fail_with(self, int number, Outcome outcome) noexcept with gil:
         self.error = OSError(number, strerror(number).decode())
-        return UNSENT if number == EPIPE or number == ECONNRESET else FAILED
+        return outcome
 
     cdef Outcome send_replies(self) noexcept nogil:
         """Send all replies. The lock is not held: a slow client holds up nobody else."""
@@ -425,7 +428,7 @@ cdef class Loop:
             if count >= 0:
                 sent += count
             elif errno != EINTR:
-                return self.fail_with(errno)
+                return self.fail_with(errno, UNSENT if errno == EPIPE or errno == ECONNRESET else FAILED)
         self.reply_size = 0
         return MORE
 
