@@ -16,12 +16,15 @@ from zramd.device.codecs import Codec, codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
+from zramd.native import choose, describe
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
 LEVELS = {"lz4": (1, 2, 4, 8), "lz4hc": (3, 6, 9, 12), "zstd": (-5, -1, 1, 2, 3, 6, 9, 12, 15, 19)}
 CORPUS_SIZE = 256 * MIB
 MOST_TIMED = 2048
 """Pages: fewer than are stored, for the slowest levels, while the pool needs many to be like one in use."""
+READ = 128 << 10
+"""Bytes read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,12 @@ class Pages:
     Attributes:
         data: all of them.
         different: how many are not one word over and over: only these reach a codec.
-        timed: offsets of some of those.
+        timed: some of those.
     """
 
     data: bytearray
     different: int
-    timed: list[int]
+    timed: bytearray
 
     @property
     def count(self) -> int:
@@ -82,25 +85,37 @@ def read_pages(files: Iterable[Path], count: int) -> Pages:
     generator = random.Random(1)  # noqa: S311 (the same each time)
     chosen = sorted(generator.sample(offsets, min(count, len(offsets))))
     pages = [bytes(data[offset : offset + PAGE_SIZE]) for offset in chosen]
-    different = [index * PAGE_SIZE for index, page in enumerate(pages) if page != page[:8] * (PAGE_SIZE // 8)]
+    different = [page for page in pages if page != page[:8] * (PAGE_SIZE // 8)]
     if not different:
         raise StepError("every page of these files is one word over and over, which no codec sees: name others")
-    timed = sorted(generator.sample(different, min(MOST_TIMED, len(different))))
-    return Pages(bytearray().join(pages), len(different), timed)
+    timed = generator.sample(different, min(MOST_TIMED, len(different)))
+    return Pages(bytearray().join(pages), len(different), bytearray().join(timed))
 
 
 def measure(cost: Cost, pages: Pages) -> None:
-    """Compress pages, and decompress those that are smaller then."""
-    compress, decompress = cost.codec.compressor(pages.data), cost.codec.decompressor()
-    started = time.thread_time()
-    stored = [compress(offset) for offset in pages.timed]
-    cost.compress.append((time.thread_time() - started) * 1e6 / len(stored))
-    smaller = [memoryview(data) for data in stored if len(data) < PAGE_SIZE]
-    started = time.thread_time()
-    for data in smaller:
-        decompress(data)
-    if smaller:
-        cost.decompress.append((time.thread_time() - started) * 1e6 / len(smaller))
+    """Compress and decompress the timed pages, as a device of the engine in use does."""
+    opened = OpenDevice(RegionStore(None), Wanted(len(pages.timed), cost.codec))
+    device = opened.device
+    try:
+        stream = device.stream(pages.timed)
+        started = time.thread_time()
+        prepared = stream.prepare(0, len(pages.timed), 0)
+        cost.compress.append(_microseconds(started, pages))
+        with device:
+            device.write(stream, 0, len(pages.timed), 0, prepared)
+        started = time.thread_time()
+        for offset in range(0, len(pages.timed), READ):
+            found: list[bytes | memoryview] = []
+            with device:
+                device.read(offset, min(READ, len(pages.timed) - offset), found)
+        cost.decompress.append(_microseconds(started, pages))
+        del stream
+    finally:
+        opened.close()
+
+
+def _microseconds(started: float, pages: Pages) -> float:
+    return (time.thread_time() - started) * 1e6 / (len(pages.timed) // PAGE_SIZE)
 
 
 def store(cost: Cost, pages: Pages, chain_sizes: Iterable[int]) -> None:
@@ -121,27 +136,17 @@ def store(cost: Cost, pages: Pages, chain_sizes: Iterable[int]) -> None:
         cost.memory[chain_size] = stat.mem_used_total
 
 
-def call_microseconds() -> float:
-    """Return what a call of a compressor takes of which the codec itself takes next to nothing: lz4, of zeros."""
-    compress = codec("lz4", 1).compressor(bytearray(PAGE_SIZE))
-    started = time.thread_time()
-    for _ in range(10_000):
-        compress(0)
-    return (time.thread_time() - started) * 1e6 / 10_000
-
-
-def report(costs: list[Cost], pages: Pages, machine: Machine, calls: float) -> Iterator[str]:
+def report(costs: list[Cost], pages: Pages, machine: Machine) -> Iterator[str]:
     """Yield the lines of a report."""
     yield f"{machine}; {pages.count:,} pages, of which {pages.different:,} are not same-filled,"
-    yield f"and {len(pages.timed):,} of these are timed"
+    yield f"and {len(pages.timed) // PAGE_SIZE:,} of these are timed; engine: {describe()}"
     yield ""
     headings = ["codec", "level", "compress us/page", "min..max", "decompress", "min..max", "data/compressed"]
     for chain_size in costs[0].memory:
         headings += [f"MiB, chain {chain_size}", "data/memory"]
     yield from table(headings, (_row(cost, pages) for cost in costs))
     yield ""
-    yield f"The calls from Python are in the times: up to {calls:.1f} us each (lz4 on a page of zeros). Ratios and"
-    yield "memory are of all pages, same-filled ones too, as a device holds them."
+    yield "Ratios and memory are of all pages, same-filled ones too, as a device holds them."
 
 
 def _row(cost: Cost, pages: Pages) -> list[str]:
@@ -153,7 +158,7 @@ def _row(cost: Cost, pages: Pages) -> list[str]:
     return row
 
 
-def as_json(costs: list[Cost], pages: Pages, machine: Machine, calls: float) -> dict[str, object]:
+def as_json(costs: list[Cost], pages: Pages, machine: Machine) -> dict[str, object]:
     """Return all of it, ready for JSON."""
     medians = [
         {
@@ -164,7 +169,13 @@ def as_json(costs: list[Cost], pages: Pages, machine: Machine, calls: float) -> 
         }
         for cost in costs
     ]
-    return {"machine": machine, "pages": pages.count, "call_us": calls, "medians_us": medians, "samples": costs}
+    return {
+        "machine": machine,
+        "engine": choose().value,
+        "pages": pages.count,
+        "medians_us": medians,
+        "samples": costs,
+    }
 
 
 @click.command()
@@ -202,11 +213,10 @@ def main(
             costs, pages = run(files, count, repeat, chain_sizes, progress, interrupt)
         finally:
             progress.close()
-        calls = call_microseconds()
-        for line in report(costs, pages, machine, calls):
+        for line in report(costs, pages, machine):
             click.echo(line)
         if output is not None:
-            write_json(output, as_json(costs, pages, machine, calls))
+            write_json(output, as_json(costs, pages, machine))
         if plots is not None:
             from plots import codec_plot
 

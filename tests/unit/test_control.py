@@ -261,6 +261,7 @@ def test_a_trained_dictionary_works_with_a_level(words: Words, tmp_path: Path) -
 
 def test_the_whole_device_works_without_the_one_shot_call(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "one-shot" in words.read("codecs")
+    monkeypatch.setenv("ZRAMD_ENGINE", "python")
     monkeypatch.setattr(codecs, "_one_shot", lambda: None)
     assert "streaming" in words.read("codecs")
     words.set("disksize=1M")
