@@ -18,8 +18,9 @@ class Limits:
         connections: how many at a time; one more is closed before it costs a thread.
         handshakes: how many of them may not have chosen an export yet; one more, and the oldest of these is closed, so
             that clients that stall do not keep out those that do not.
-        memory: what a connection takes for its buffers: a quarter to receive in, half for replies before they are sent.
-            The kernel holds up to as much again of replies that the client leaves unread.
+        memory: what a connection takes for its buffers: a quarter to receive in, as much for compressed pages, and half
+            for replies before they are sent. The kernel holds up to as much again of replies that the client leaves
+            unread.
     """
 
     handshake_seconds: float = 10.0
