@@ -68,9 +68,15 @@ class BuildEngine(build_ext):
         except Exception as error:
             if os.environ.get("ZRAMD_ENGINE") == "native":
                 raise
-            reason = "the compiler failed" if isinstance(error, CCompilerError) else str(error).strip().splitlines()[0]
+            reason = (
+                "the compiler failed"
+                if isinstance(error, CCompilerError)
+                else str(error).partition("\n")[0] or repr(error)
+            )
             print(f"zramd: without the compiled engine, which needs {NEEDED}: {reason}", file=sys.stderr)
             self.extensions = []
+            for stale in SOURCES.glob("*.so"):
+                stale.unlink()  # of another layout, perhaps
 
 
 sanitize = SANITIZERS.get(os.environ.get("ZRAMD_SANITIZE", ""), [])

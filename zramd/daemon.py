@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
 from zramd.memory import NoMemoryError, RegionError
+from zramd.native import Engine, choose
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.server import Server
 from zramd.nbd.tls import TlsError, TlsMode, make_context
@@ -30,6 +32,8 @@ from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
 STACK_BYTES = 512 << 10
 """Of each thread. The codecs keep their state on the heap; liblz4's fast compressor puts 16 KiB on the stack."""
 STOP_SECONDS = 0.4
+SWITCH_SECONDS = 0.0005
+"""Most time that a busy Python thread keeps the compiled engine waiting when a pool, its device locked, has to grow."""
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     # Before any thread is made, so that only sigwait below ever receives them.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     threading.stack_size(STACK_BYTES)
+    if choose() is Engine.NATIVE:
+        sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with ExitStack() as sockets:
             daemon = _Daemon(settings, sockets)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import zstandard
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -218,6 +219,19 @@ def by_cookie(dialect: Dialect, stream: bytes, reads: dict[int, int]) -> dict[in
     for chunk in dialect.parse(stream):
         found[chunk[2]] = (found.get(chunk[2]), chunk)
     return found
+
+
+def test_zstd_frames_say_the_same_about_themselves() -> None:
+    samples: list[bytes | bytearray | memoryview] = [bytes(make_data("text", seed, 2048)) for seed in range(200)]
+    trained = zstandard.train_dictionary(4096, samples).as_bytes()
+    page = make_data("text", 777, PAGE_SIZE)
+    for dictionary in (b"", trained):
+        made = codec("zstd", 3, dictionary)
+        frames = [bytes(made.compressor(page)(0)), engine.Codec(made).compress_page(memoryview(page))]
+        for frame in frames:
+            parameters = zstandard.get_frame_parameters(frame)
+            assert (parameters.content_size, parameters.dict_id, parameters.has_checksum) == (PAGE_SIZE, 0, False)
+            assert made.decompressor()(memoryview(frame)) == page
 
 
 TestBoth = Both.TestCase

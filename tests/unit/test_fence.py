@@ -98,6 +98,18 @@ def test_a_client_that_only_stops_sending_gets_its_answers(
     assert read(opened.device, 0, 32 * PAGE_SIZE) == NEW[: 32 * PAGE_SIZE]
 
 
+def test_a_server_that_stops_receiving_over_tcp_applies_and_answers_what_it_has(opened: OpenDevice) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+        server, _ = listener.accept()
+        with server:
+            client.sendall(page_writes(4))
+            wait_until_taken(client)
+            server.shutdown(socket.SHUT_RD)
+            serve(server, opened)
+            assert len(client.recv(65536)) == 4 * 16
+    assert read(opened.device, 0, 4 * PAGE_SIZE) == NEW[: 4 * PAGE_SIZE]
+
+
 @pytest.mark.parametrize(
     "no_request",
     [bytes(len(request(DISC, 0))), b"\0" + request(WRITE, 5, 0, HEADER_BYTES)[1:]],

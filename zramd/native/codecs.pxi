@@ -30,18 +30,16 @@ cdef extern from "<zstd.h>" nogil:
         pass
     ctypedef enum ZSTD_cParameter:
         ZSTD_c_compressionLevel, ZSTD_c_windowLog, ZSTD_c_hashLog, ZSTD_c_chainLog, ZSTD_c_searchLog, ZSTD_c_minMatch
-        ZSTD_c_targetLength, ZSTD_c_strategy
+        ZSTD_c_targetLength, ZSTD_c_strategy, ZSTD_c_dictIDFlag
     const char *ZSTD_versionString()
     size_t ZSTD_compressBound(size_t)
     unsigned ZSTD_isError(size_t)
     ZSTD_CCtx *ZSTD_createCCtx()
     size_t ZSTD_freeCCtx(ZSTD_CCtx *)
     size_t ZSTD_CCtx_setParameter(ZSTD_CCtx *, ZSTD_cParameter, int)
-    size_t ZSTD_CCtx_loadDictionary(ZSTD_CCtx *, const void *, size_t)
     size_t ZSTD_compress2(ZSTD_CCtx *, void *, size_t, const void *, size_t)
     ZSTD_DCtx *ZSTD_createDCtx()
     size_t ZSTD_freeDCtx(ZSTD_DCtx *)
-    size_t ZSTD_DCtx_loadDictionary(ZSTD_DCtx *, const void *, size_t)
     size_t ZSTD_decompressDCtx(ZSTD_DCtx *, void *, size_t, const void *, size_t)
 
 cdef extern from *:
@@ -53,6 +51,8 @@ cdef extern from *:
         unsigned windowLog, chainLog, hashLog, searchLog, minMatch, targetLength
         int strategy
     ZSTD_compressionParameters ZSTD_getCParams(int, unsigned long long, size_t) nogil
+    size_t ZSTD_CCtx_loadDictionary_byReference(ZSTD_CCtx *, const void *, size_t) nogil
+    size_t ZSTD_DCtx_loadDictionary_byReference(ZSTD_DCtx *, const void *, size_t) nogil
 
 cdef enum Algorithm:
     LZ4, LZ4HC, ZSTD
@@ -118,12 +118,15 @@ cdef class Codec:
             (ZSTD_c_minMatch, chosen.minMatch),
             (ZSTD_c_targetLength, chosen.targetLength),
             (ZSTD_c_strategy, chosen.strategy),
+            (ZSTD_c_dictIDFlag, 0),
         ):
             if ZSTD_isError(ZSTD_CCtx_setParameter(self.compressor, parameter, value)):
                 raise ValueError(f"libzstd does not take level {self.level}")
-        if self.dictionary_bytes and (
-            ZSTD_isError(ZSTD_CCtx_loadDictionary(self.compressor, self.dictionary_start, self.dictionary_bytes))
-            or ZSTD_isError(ZSTD_DCtx_loadDictionary(self.decompressor, self.dictionary_start, self.dictionary_bytes))
+        cdef const char *start = self.dictionary_start
+        cdef size_t size = self.dictionary_bytes
+        if size and (
+            ZSTD_isError(ZSTD_CCtx_loadDictionary_byReference(self.compressor, start, size))
+            or ZSTD_isError(ZSTD_DCtx_loadDictionary_byReference(self.decompressor, start, size))
         ):
             raise ValueError("the dictionary is damaged")
 

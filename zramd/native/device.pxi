@@ -17,6 +17,7 @@ cdef class Device:
 
     cdef object page_table
     cdef object elements_table
+    cdef tuple owners
     cdef Lock lock
     cdef Pool pool
     cdef uint64_t *table
@@ -29,6 +30,7 @@ cdef class Device:
 
     def __cinit__(self, device, superblock, table, elements):
         self.page_table, self.elements_table = table, elements
+        self.owners = device.record, superblock
         self.lock = device.lock
         self.pool = Pool(device.pool)
         self.table = <uint64_t *>address(table.region.map)
@@ -125,12 +127,8 @@ cdef class Device:
         if state == Z_PAGE_STATE_HUGE:
             self.record[Z_DEVICE_RECORD_HUGE_PAGES] -= 1
 
-    cdef uint64_t load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *scratch) noexcept nogil:
-        """Copy what `count` pages from `index` on are stored as. Return the bytes of scratch used: a page's at most.
-
-        Decompressing them needs no lock.
-        """
-        cdef uint8_t *position = scratch
+    cdef void load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *position) noexcept nogil:
+        """Copy what `count` pages from `index` on are stored as to `position`. Decompressing them needs no lock."""
         cdef Page *end = pages + count
         cdef const uint8_t *data
         cdef uint64_t entry, state
@@ -152,7 +150,6 @@ cdef class Device:
                 pages.pattern = self.elements[index]
             pages += 1
             index += 1
-        return position - scratch
 
     cdef void discard(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Free the whole pages in a range."""
@@ -179,22 +176,19 @@ cdef class Device:
         Raises:
             NoMemoryError: there is no room for a page.
         """
-        if not self.store(index, prepared.pages, prepared.count):
-            self.raise_failure()
+        cdef bint stored = self.store(index, prepared.pages, prepared.count)
+        self.raise_error()
+        if not stored:
+            raise NoMemoryError(self.pool.text.decode())
 
     def discard_range(self, uint64_t offset, uint64_t length):
         """Free the whole pages in a range. The caller holds the lock."""
         self.discard(offset, length)
         self.raise_error()
 
-    cdef int raise_failure(self) except -1:
-        self.raise_error()
-        raise NoMemoryError(self.pool.text.decode())
-
     cdef int raise_error(self) except -1:
-        error, self.pool.error, self.pool.failing = self.pool.error, None, False
-        if error is not None:
-            raise error
+        if self.pool.failing:
+            raise self.pool.take_error()
         return 0
 
 
@@ -246,9 +240,7 @@ cdef class Stream:
     cdef uint64_t prepare_pages(self, const uint8_t *page, uint64_t count, Page *pages, uint8_t *target) noexcept nogil:
         """Compress pages to `target`. Return the bytes used: a page's at most for each, and `bound` behind the last."""
         cdef uint8_t *position = target
-        cdef const uint64_t *words
         for _ in range(count):
-            words = <const uint64_t *>page
             # The last bytes of the first and the last word differ on most pages.
             if page[7] == page[Z_PAGE_SIZE - 1] and not memcmp(page, page + Z_WORD, Z_PAGE_SIZE - Z_WORD):
                 pages.length = 0

@@ -69,7 +69,6 @@ cdef class Pool:
 
     cdef object pool
     cdef list arena_objects
-    cdef list group_tables
     cdef Arena *arenas
     cdef SizeClass *states
     cdef SizeClass *class_for[4097]
@@ -84,7 +83,6 @@ cdef class Pool:
         cdef Arena *arena
         self.pool = pool
         self.arena_objects = list(pool.arenas)
-        self.group_tables = []
         self.arenas = <Arena *>calloc(len(pool.arenas), sizeof(Arena))
         self.states = <SizeClass *>calloc(len(pool.classes), sizeof(SizeClass))
         if self.arenas == NULL or self.states == NULL:
@@ -100,7 +98,6 @@ cdef class Pool:
             state = &self.states[python.size_class.index]
             if state.size:
                 continue
-            self.group_tables.append(python.group_of)
             state.record = <uint64_t *>address(python.record)
             state.heads = state.record + Z_CLASS_RECORD_HEADS
             state.counts = state.record + Z_CLASS_RECORD_COUNTS
@@ -128,6 +125,11 @@ cdef class Pool:
             self.failing = True
             self.say(b"the server failed")
         return False
+
+    cdef object take_error(self):
+        """Return what went wrong in Python, once."""
+        error, self.error, self.failing = self.error, None, False
+        return error
 
     cdef void say(self, const char *text) noexcept nogil:
         """Set the text."""

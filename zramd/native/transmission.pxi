@@ -16,7 +16,6 @@ cdef extern from "<poll.h>" nogil:
         short events
         short revents
     int poll(pollfd *, unsigned long, int)
-    short POLLRDHUP
 
 cdef enum:
     MAX_REQUESTS = 1024  # in a segment
@@ -35,7 +34,6 @@ cdef struct Request:
     uint64_t cookie
     uint64_t offset
     uint64_t length
-    uint64_t begin  # of the payload in the buffer
     uint64_t page  # the first of its pages in the stream's
     uint16_t command
     bint failed
@@ -151,11 +149,11 @@ cdef class Loop:
             begin = self.start
             found = self.parse()
             if self.count:
-                if not self.apply():
+                outcome = self.apply()
+                if outcome == GONE:
                     self.start = begin
-                    return GONE
-                if self.device.pool.failing:
-                    return self.fail()
+                if outcome != MORE:
+                    return outcome
                 self.answer()
             if self.reply_size:
                 outcome = self.send_replies()
@@ -170,10 +168,8 @@ cdef class Loop:
                 return outcome
             fresh = True
 
-    cdef Outcome fail(self) noexcept with gil:
-        pool = self.device.pool
-        self.error, pool.error, pool.failing = pool.error, None, False
-        return FAILED
+    cdef void take_error(self) noexcept with gil:
+        self.error = self.device.pool.take_error()
 
     cdef Outcome parse(self) noexcept nogil:
         """Consume a segment's requests, and compress what they write. Return what comes behind it: ENDED is nothing."""
@@ -196,18 +192,18 @@ cdef class Loop:
             after = self.start + self.header + (length if is_write else 0)
             if after > self.end:
                 return ENDED
-            count = length >> Z_PAGE_SHIFT if is_write or command == Z_COMMAND_READ else 0
-            needed = MAX_REPLY + (0 if is_write else count * MAX_PAGE_REPLY)
+            # Trims need no room, but take time under the lock as the others do.
+            count = 0 if command == Z_COMMAND_FLUSH else length >> Z_PAGE_SHIFT
+            needed = MAX_REPLY + (count * MAX_PAGE_REPLY if command == Z_COMMAND_READ else 0)
             if self.count == MAX_REQUESTS or pages + count > capacity or needed > room:
                 # A buffer too small for anything would never get further.
                 return MORE if self.count else UNCOMMON
             request = &self.requests[self.count]
             request.cookie, request.offset, request.length = get64(header + 8), offset, length
             request.command, request.page, request.failed = command, pages, False
-            request.begin = self.start + self.header
             if is_write:
                 self.stream.prepare_pages(
-                    buffer + request.begin,
+                    header + self.header,
                     count,
                     self.stream.pages + pages,
                     self.stream.scratch + pages * Z_PAGE_SIZE,
@@ -241,8 +237,8 @@ cdef class Loop:
             and length <= self.disksize - offset
         )
 
-    cdef bint apply(self) noexcept nogil:
-        """Apply a segment under the device's lock. Return false, and do nothing, if the client is gone."""
+    cdef Outcome apply(self) noexcept nogil:
+        """Apply a segment under the device's lock; if the client is gone, do nothing."""
         cdef uint64_t *superblock = self.device.superblock
         cdef pthread_mutex_t *mutex = &self.device.lock.mutex
         cdef Page *pages
@@ -250,12 +246,13 @@ cdef class Loop:
         cdef Request *end = request + self.count
         cdef uint8_t *scratch
         cdef uint64_t count
+        cdef Outcome outcome = MORE
         pthread_mutex_lock(mutex)
         # The fence: see zramd/nbd/inbox.py.
         self.watch.revents = 0
         if not self.owed and poll(&self.watch, 1, 0) > 0:
             pthread_mutex_unlock(mutex)
-            return False
+            return GONE
         self.owed = False
         while request < end:
             count = request.length >> Z_PAGE_SHIFT
@@ -275,8 +272,11 @@ cdef class Loop:
             elif request.command == Z_COMMAND_TRIM:
                 self.device.discard(request.offset, request.length)
             request += 1
+        if self.device.pool.failing:
+            self.take_error()
+            outcome = FAILED
         pthread_mutex_unlock(mutex)
-        return True
+        return outcome
 
     cdef void answer(self) noexcept nogil:
         """Write the replies to a segment."""

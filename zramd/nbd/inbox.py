@@ -18,6 +18,8 @@ from zramd.nbd.protocol import (
     CommandFlag,
 )
 
+_TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info is the state
+
 Header = tuple[int, int, int, int, int, int]
 """(magic, flags, command, cookie, offset, length), as REQUEST and EXTENDED_REQUEST unpack it."""
 
@@ -81,8 +83,14 @@ class Inbox:
         Raises:
             ClientLeftError: it is gone.
         """
-        if self._poll.poll(0) and not self.said_disconnect():
+        if self._poll.poll(0) and self._peer_left() and not self.said_disconnect():
             raise ClientLeftError("the client left; what it had asked for and not seen answered is dropped")
+
+    def _peer_left(self) -> bool:
+        """Say whether what poll reports is the peer's doing: for TCP, our own end of receiving looks the same."""
+        if self.poll_events == 0:
+            return True
+        return self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_ESTABLISHED
 
     def said_disconnect(self) -> bool:
         """Say whether a client that is gone had said DISC, as far as the buffer can hold what it sent."""

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from zramd.nbd.protocol import MAX_STRING
 
+LEAST_MEMORY = 32 << 10
+"""Of a connection: a page has to fit in half of what it receives into."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -20,7 +23,7 @@ class Limits:
             that clients that stall do not keep out those that do not.
         memory: what a connection takes for its buffers: a quarter to receive in, as much for compressed pages, and half
             for replies before they are sent. The kernel holds up to as much again of replies that the client leaves
-            unread.
+            unread. With the compiled engine, requests that it leaves to the other one can take three quarters more.
     """
 
     handshake_seconds: float = 10.0
@@ -31,6 +34,10 @@ class Limits:
     connections: int = 256
     handshakes: int = 64
     memory: int = 2 << 20
+
+    def __post_init__(self) -> None:
+        if self.memory < LEAST_MEMORY:
+            raise ValueError(f"a connection needs {LEAST_MEMORY} bytes of memory, not {self.memory}")
 
     @property
     def buffer(self) -> int:
