@@ -8,7 +8,17 @@ compressed, then the device is locked once for all of it, and then its reads are
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
-    int MSG_NOSIGNAL
+    int MSG_NOSIGNAL, MSG_DONTWAIT
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int, timespec *)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -19,6 +29,8 @@ cdef extern from "<poll.h>" nogil:
 
 cdef enum:
     MAX_REQUESTS = 1024  # in a segment
+    BUSY_NANOSECONDS = 50000  # of looking for the next request before going to sleep
+    MAX_IDLE = 63  # receives without that, where it was in vain
     MAX_REPLY = 512  # bytes of a reply without the contents of pages
     MAX_PAGE_REPLY = 4096 + 64  # bytes of a page in the reply to a read, where it is a chunk of its own
 
@@ -66,6 +78,8 @@ cdef class Loop:
     cdef uint64_t received
     cdef uint64_t left_at
     cdef bint owed
+    cdef unsigned idle
+    cdef unsigned idle_left
     cdef uint8_t *replies
     cdef uint64_t reply_bytes
     cdef uint64_t reply_size
@@ -391,7 +405,9 @@ cdef class Loop:
             memmove(buffer, buffer + self.start, self.end - self.start)
             self.start, self.end = 0, self.end - self.start
         while True:
-            count = recv(self.watch.fd, buffer + self.end, size - self.end, 0)
+            count = self.receive_soon(buffer + self.end, size - self.end)
+            if count < 0:
+                count = recv(self.watch.fd, buffer + self.end, size - self.end, 0)
             if count > 0:
                 self.end += count
                 self.received += count
@@ -402,6 +418,29 @@ cdef class Loop:
                 again = False
             elif errno != EINTR:
                 return self.fail_with(errno, FAILED)
+
+    cdef ssize_t receive_soon(self, uint8_t *out, uint64_t room) noexcept nogil:
+        """Receive what comes in a short while, without going to sleep; -1 if nothing did.
+
+        To be woken takes longer than a client that waits for each answer takes for its next request. Where looking was
+        in vain it is done ever less often.
+        """
+        cdef timespec start, now
+        cdef ssize_t count
+        if self.idle_left:
+            self.idle_left -= 1
+            return -1
+        clock_gettime(CLOCK_MONOTONIC, &start)
+        while True:
+            count = recv(self.watch.fd, out, room, MSG_DONTWAIT)
+            if count >= 0:
+                self.idle = 0
+                return count
+            clock_gettime(CLOCK_MONOTONIC, &now)
+            if (now.tv_sec - start.tv_sec) * 1000000000 + now.tv_nsec - start.tv_nsec > BUSY_NANOSECONDS:
+                self.idle_left = self.idle = min(2 * self.idle + 1, <unsigned>MAX_IDLE)
+                return -1
+            sched_yield()
 
     cdef Outcome _receive_more(self) noexcept with gil:
         try:
