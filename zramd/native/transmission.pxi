@@ -31,8 +31,6 @@ cdef enum:
     MAX_REQUESTS = 1024  # in a segment
     BUSY_NANOSECONDS = 50000  # of looking for the next request before going to sleep
     MAX_IDLE = 63  # receives without that, where it was in vain
-    MAX_REPLY = 512  # bytes of a reply without the contents of pages
-    MAX_PAGE_REPLY = 4096 + 64  # bytes of a page in the reply to a read, where it is a chunk of its own
 
 cdef enum Outcome:
     ENDED  # the client sends no more
@@ -41,14 +39,6 @@ cdef enum Outcome:
     UNSENT  # it is gone, and replies could not be sent
     FAILED  # Python failed: `error` says how
     MORE  # there is more for this loop
-
-cdef struct Request:
-    uint64_t cookie
-    uint64_t offset
-    uint64_t length
-    uint64_t page  # the first of its pages in the stream's
-    uint16_t command
-    bint failed
 
 
 cdef class Loop:
@@ -65,7 +55,6 @@ cdef class Loop:
     cdef object error
     cdef bint direct
     cdef pollfd watch
-    cdef bint structured
     cdef bint extended
     cdef bint read_only
     cdef bint flushing
@@ -80,13 +69,10 @@ cdef class Loop:
     cdef bint owed
     cdef unsigned idle
     cdef unsigned idle_left
-    cdef uint8_t *replies
-    cdef uint64_t reply_bytes
-    cdef uint64_t reply_size
+    cdef Replies replies
     cdef Request *requests
     cdef uint64_t count
     cdef char no_space[256]
-    cdef char damage[64]
 
     def __cinit__(
         self, Stream stream, sock, inbox, *, bint direct, uint64_t disksize, bint structured, bint read_only,
@@ -99,7 +85,6 @@ cdef class Loop:
         self.direct = direct
         self.watch.fd = sock.fileno()
         self.watch.events = inbox.poll_events
-        self.structured = structured
         self.extended = inbox.extended
         self.read_only = read_only
         self.flushing = flushing
@@ -108,14 +93,12 @@ cdef class Loop:
         self.disksize = disksize
         self.most = min(stream.bytes - self.header, payload)
         self.left_at = -1
-        self.reply_bytes = reply_bytes
-        self.replies = <uint8_t *>malloc(reply_bytes)
+        self.replies = Replies(stream, reply_bytes, structured, self.extended)
         self.requests = <Request *>malloc(MAX_REQUESTS * sizeof(Request))
-        if self.replies == NULL or self.requests == NULL:
+        if self.requests == NULL:
             raise MemoryError
 
     def __dealloc__(self):
-        free(self.replies)
         free(self.requests)
 
     def receive(self):
@@ -141,7 +124,7 @@ cdef class Loop:
                 inbox.require_client()
                 self.owed = True
             elif outcome == UNSENT and inbox.said_disconnect():
-                self.reply_size = 0
+                self.replies.size = 0
             else:
                 error, self.error = self.error, None
                 raise error
@@ -169,7 +152,7 @@ cdef class Loop:
                 if outcome != MORE:
                     return outcome
                 self.answer()
-            if self.reply_size:
+            if self.replies.size:
                 outcome = self.send_replies()
                 if outcome != MORE:
                     return outcome
@@ -189,7 +172,7 @@ cdef class Loop:
         """Consume a segment's requests, and compress what they write. Return what comes behind it: ENDED is nothing."""
         cdef const uint8_t *buffer = self.stream.start
         cdef uint64_t capacity = self.stream.capacity
-        cdef uint64_t pages = 0, room = self.reply_bytes
+        cdef uint64_t pages = 0, room = self.replies.room
         cdef uint64_t offset, length, after, needed, count
         cdef unsigned flags, command
         cdef const uint8_t *header
@@ -293,103 +276,21 @@ cdef class Loop:
         return outcome
 
     cdef void answer(self) noexcept nogil:
-        """Write the replies to a segment."""
+        """Add the replies to a segment."""
         cdef Request *request = self.requests
         cdef Request *end = request + self.count
         cdef uint64_t *superblock = self.device.superblock
-        cdef uint8_t *out = self.replies
-        cdef uint8_t *after
         while request < end:
             if request.failed:
-                out = self.put_error(out, request, Z_ERROR_ENOSPC, self.no_space)
-            elif request.command == Z_COMMAND_READ:
-                after = self.put_chunks(out, request) if self.structured else self.put_data(out, request)
-                if after == NULL:
-                    pthread_mutex_lock(&self.device.lock.mutex)
-                    superblock[Z_SUPERBLOCK_FAILED_READS] += 1
-                    pthread_mutex_unlock(&self.device.lock.mutex)
-                    after = self.put_error(out, request, Z_ERROR_EIO, self.damage)
-                out = after
-            elif self.extended:
-                out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_NONE, 0)
-            else:
-                out = self.put_simple(out, request, 0)
+                self.replies.fail(request, Z_ERROR_ENOSPC, self.no_space)
+            elif request.command != Z_COMMAND_READ:
+                self.replies.done(request)
+            elif not self.replies.read(request):
+                pthread_mutex_lock(&self.device.lock.mutex)
+                superblock[Z_SUPERBLOCK_FAILED_READS] += 1
+                pthread_mutex_unlock(&self.device.lock.mutex)
+                self.replies.fail(request, Z_ERROR_EIO, self.replies.damage)
             request += 1
-        self.reply_size = out - self.replies
-
-    cdef uint8_t *put_simple(self, uint8_t *out, const Request *request, uint32_t error) noexcept nogil:
-        out = put32(out, Z_SIMPLE_REPLY_MAGIC)
-        out = put32(out, error)
-        return put64(out, request.cookie)
-
-    cdef uint8_t *put_chunk(
-        self, uint8_t *out, const Request *request, unsigned flags, unsigned kind, uint64_t length
-    ) noexcept nogil:
-        """Write the header of a chunk with `length` bytes of payload."""
-        out = put32(out, Z_EXTENDED_CHUNK_MAGIC if self.extended else Z_CHUNK_MAGIC)
-        out = put16(out, flags)
-        out = put16(out, kind)
-        out = put64(out, request.cookie)
-        if self.extended:
-            return put64(put64(out, request.offset), length)
-        return put32(out, length)
-
-    cdef uint8_t *put_error(
-        self, uint8_t *out, const Request *request, uint32_t error, const char *text
-    ) noexcept nogil:
-        cdef size_t length = strlen(text)
-        if not self.structured:
-            return self.put_simple(out, request, error)
-        out = self.put_chunk(out, request, Z_CHUNK_DONE, Z_CHUNK_ERROR, 6 + length)
-        out = put16(put32(out, error), length)
-        memcpy(out, text, length)
-        return out + length
-
-    cdef uint8_t *put_data(self, uint8_t *out, const Request *request) noexcept nogil:
-        """Write a simple reply with data; NULL if a page is damaged."""
-        return self.put_pages(self.put_simple(out, request, 0), request, 0, request.length >> Z_PAGE_SHIFT)
-
-    cdef uint8_t *put_pages(
-        self, uint8_t *out, const Request *request, uint64_t first, uint64_t end
-    ) noexcept nogil:
-        """Write pages of a read, numbered from its offset on; NULL if one is damaged."""
-        cdef uint64_t number
-        for number in range(first, end):
-            if not self.stream.expand(self.stream.pages + request.page + number, out):
-                snprintf(
-                    self.damage,
-                    sizeof(self.damage),
-                    "page %llu is damaged",
-                    <unsigned long long>((request.offset >> Z_PAGE_SHIFT) + number),
-                )
-                return NULL
-            out += Z_PAGE_SIZE
-        return out
-
-    cdef uint8_t *put_chunks(self, uint8_t *out, const Request *request) noexcept nogil:
-        """Write runs of data, and of zeros as holes; NULL if a page is damaged."""
-        cdef const Page *pages = self.stream.pages + request.page
-        cdef uint64_t count = request.length >> Z_PAGE_SHIFT
-        cdef uint64_t first = 0, end, offset, size
-        cdef bint is_hole
-        cdef unsigned flags
-        while first < count:
-            is_hole = pages[first].length == 0 and pages[first].pattern == 0
-            end = first + 1
-            while end < count and (pages[end].length == 0 and pages[end].pattern == 0) == is_hole:
-                end += 1
-            offset, size = request.offset + first * Z_PAGE_SIZE, (end - first) * Z_PAGE_SIZE
-            flags = Z_CHUNK_DONE if end == count else 0
-            if is_hole:
-                out = self.put_chunk(out, request, flags, Z_CHUNK_OFFSET_HOLE, Z_WORD + 4)
-                out = put32(put64(out, offset), size)
-            else:
-                out = put64(self.put_chunk(out, request, flags, Z_CHUNK_OFFSET_DATA, Z_WORD + size), offset)
-                out = self.put_pages(out, request, first, end)
-                if out == NULL:
-                    return NULL
-            first = end
-        return out
 
     cdef Outcome receive_more(self) noexcept nogil:
         """Receive into the free end of the buffer, as Inbox.receive does."""
@@ -460,25 +361,25 @@ cdef class Loop:
         """Send all replies. The lock is not held: a slow client holds up nobody else."""
         cdef uint64_t sent = 0
         cdef ssize_t count
-        while sent < self.reply_size:
+        while sent < self.replies.size:
             if not self.direct:
                 return self._send_replies()
-            count = send(self.watch.fd, self.replies + sent, self.reply_size - sent, MSG_NOSIGNAL)
+            count = send(self.watch.fd, self.replies.start + sent, self.replies.size - sent, MSG_NOSIGNAL)
             if count >= 0:
                 sent += count
             elif errno != EINTR:
                 return self.fail_with(errno, UNSENT if errno == EPIPE or errno == ECONNRESET else FAILED)
-        self.reply_size = 0
+        self.replies.size = 0
         return MORE
 
     cdef Outcome _send_replies(self) noexcept with gil:
         cdef uint64_t sent = 0
         try:
-            while sent < self.reply_size:
+            while sent < self.replies.size:
                 sent += self.sock.sendmsg([PyMemoryView_FromMemory(
-                    <char *>self.replies + sent, self.reply_size - sent, PyBUF_READ
+                    <char *>self.replies.start + sent, self.replies.size - sent, PyBUF_READ
                 )])
-            self.reply_size = 0
+            self.replies.size = 0
             return MORE
         except (BrokenPipeError, ConnectionResetError) as error:
             self.error = error
