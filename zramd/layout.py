@@ -60,6 +60,8 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 WORD = 8
 """Bytes in a word; also the size of an object's header (the kernel's ZS_HANDLE_SIZE)."""
+TABLE_CHUNK_SHIFT = 9
+"""Words of the page table, or of the elements, that are populated together: a page of them, for 2 MiB of the device."""
 
 
 class PageState(IntEnum):

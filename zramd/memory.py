@@ -135,12 +135,10 @@ def record(words: int) -> memoryview:
 class SparseTable:
     """A region with a word for each page of the device, populated page by page when first stored to.
 
-    `ready[index >> CHUNK_SHIFT]` says whether the words around `index` may be touched. A chunk that is not ready is
-    all zeros and must not be read either, because reading it would allocate it. A chunk is one page of the table, 2 MiB
-    of the device: a file system that puts a little everywhere then costs little.
+    `ready[index >> TABLE_CHUNK_SHIFT]` says whether the words around `index` may be touched. A chunk that is not ready
+    is all zeros and must not be read either, because reading it would allocate it. A chunk is one page of the table, 2
+    MiB of the device: a file system that puts a little everywhere then costs little.
     """
-
-    CHUNK_SHIFT = 9
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -150,14 +148,16 @@ class SparseTable:
             first, count = start // PAGE_SIZE, -(-end // PAGE_SIZE) - start // PAGE_SIZE
             self.ready[first : first + count] = b"\1" * count
 
-    def make_ready(self, chunk: int) -> None:
-        """Make the words of a chunk fit to store to.
+    def make_ready(self, first: int, last: int | None = None) -> None:
+        """Make the words of a chunk, or of those up to `last`, fit to store to.
 
         Raises:
             NoMemoryError: there is no room.
         """
-        self.region.populate(chunk * PAGE_SIZE, PAGE_SIZE)
-        self.ready[chunk] = 1
+        for chunk in range(first, (first if last is None else last) + 1):
+            if not self.ready[chunk]:
+                self.region.populate(chunk * PAGE_SIZE, PAGE_SIZE)
+                self.ready[chunk] = 1
 
 
 class RegionStore:

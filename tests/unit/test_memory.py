@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from zramd.layout import PAGE_SIZE
+from zramd.layout import PAGE_SIZE, TABLE_CHUNK_SHIFT
 from zramd.memory import NoMemoryError, RegionStore, SparseTable, is_memory_backed
 
 
@@ -30,7 +30,7 @@ def test_no_room_is_an_error_and_not_a_signal(small_tmpfs: Path) -> None:
 def test_a_table_is_ready_only_where_it_was_made_ready() -> None:
     region = RegionStore(None).open("table", 1 << 30, create=True)
     table = SparseTable(region)
-    per_chunk = 1 << SparseTable.CHUNK_SHIFT
+    per_chunk = 1 << TABLE_CHUNK_SHIFT
     table.make_ready(1)
     table.words[per_chunk] = 7
     assert [chunk for chunk, ready in enumerate(table.ready) if ready] == [1]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import groupby
 
-from zramd.layout import ENTRY_HAS_ELEMENT, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PageState
+from zramd.layout import ENTRY_HAS_ELEMENT, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, TABLE_CHUNK_SHIFT, PageState
 from zramd.memory import SparseTable
 
 MAX_SCANNED = 2048
@@ -18,7 +18,6 @@ Run = tuple[int, PageState, bool]
 _STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
 _STATES = tuple(PageState)  # to call an enum costs more than the rest of the loop
-_SHIFT = SparseTable.CHUNK_SHIFT
 
 
 def state_runs(table: SparseTable, first: int, end: int) -> Iterator[Run]:
@@ -28,14 +27,14 @@ def state_runs(table: SparseTable, first: int, end: int) -> Iterator[Run]:
     """
     ready, budget = table.ready, MAX_SCANNED
     while first < end and budget:
-        chunk = first >> _SHIFT
+        chunk = first >> TABLE_CHUNK_SHIFT
         if ready[chunk]:
-            high = min(end, chunk + 1 << _SHIFT, first + budget)
+            high = min(end, chunk + 1 << TABLE_CHUNK_SHIFT, first + budget)
             budget -= high - first
             yield from _runs(table.words[first:high].tolist())
         else:
             found = ready.find(1, chunk)
-            high = end if found < 0 else min(end, found << _SHIFT)
+            high = end if found < 0 else min(end, found << TABLE_CHUNK_SHIFT)
             yield high - first, PageState.EMPTY, True
         first = high
 

@@ -26,6 +26,7 @@ from zramd.layout import (
     ENTRY_STATE_SHIFT,
     PAGE_SHIFT,
     PAGE_SIZE,
+    TABLE_CHUNK_SHIFT,
     WORD,
     DeviceRecord,
     PageState,
@@ -40,7 +41,6 @@ _PAGE_MASK = PAGE_SIZE - 1
 _WORDS = PAGE_SIZE // WORD
 ZERO_PAGE = bytes(PAGE_SIZE)
 """What `read` returns for a page of zeros: this very object, or a view of it."""
-_CHUNK_SHIFT = SparseTable.CHUNK_SHIFT
 
 # The states as they stand in an entry, as plain integers: an enum costs more than the rest of the comparison.
 _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
@@ -130,7 +130,7 @@ class Device:
         ready, table, pool, decompress = self._table.ready, self._table.words, self.pool, self._decompress
         before = len(out)
         for index in range(first, end):
-            entry = table[index] if ready[index >> _CHUNK_SHIFT] else 0
+            entry = table[index] if ready[index >> TABLE_CHUNK_SHIFT] else 0
             state = entry & _STATE_MASK
             if state == _COMPRESSED:
                 data = pool.map(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
@@ -190,15 +190,15 @@ class Device:
 
     def _store(self, index: int, prepared: list[Prepared]) -> None:
         """Store pages from `index` on: new object first, then the entry, then the old object goes."""
-        chunk, last = index >> _CHUNK_SHIFT, index + len(prepared) - 1 >> _CHUNK_SHIFT
+        chunk, last = index >> TABLE_CHUNK_SHIFT, index + len(prepared) - 1 >> TABLE_CHUNK_SHIFT
         if chunk != last or not self._table.ready[chunk]:
-            self._make_ready(chunk, last)
+            self._table.make_ready(chunk, last)
         table, pool, record, pool_record = self._table.words, self.pool, self.record, self.pool.record
         for page in prepared:
             if isinstance(page, int):
                 if page:
-                    if not self._elements.ready[index >> _CHUNK_SHIFT]:
-                        self._elements.make_ready(index >> _CHUNK_SHIFT)
+                    if not self._elements.ready[index >> TABLE_CHUNK_SHIFT]:
+                        self._elements.make_ready(index >> TABLE_CHUNK_SHIFT)
                     self._elements.words[index] = page
                     entry = _SAME_FILLED | ENTRY_HAS_ELEMENT
                 else:
@@ -237,11 +237,6 @@ class Device:
             self.pool.free(handle)
             raise NoSpaceError(f"the memory limit of {limit * PAGE_SIZE} bytes is reached")
 
-    def _make_ready(self, chunk: int, last: int) -> None:
-        for unready in range(chunk, last + 1):
-            if not self._table.ready[unready]:
-                self._table.make_ready(unready)
-
     def _release(self, entry: int) -> None:
         """Free what an entry that is no longer in the table refers to."""
         state = entry & _STATE_MASK
@@ -264,10 +259,10 @@ class Device:
             return
         self._words[Superblock.NOTIFY_FREE] += end - first
         table, ready = self._table.words, self._table.ready
-        chunk, stop = (first >> _CHUNK_SHIFT) - 1, ((end - 1) >> _CHUNK_SHIFT) + 1
+        chunk, stop = (first >> TABLE_CHUNK_SHIFT) - 1, ((end - 1) >> TABLE_CHUNK_SHIFT) + 1
         while (chunk := ready.find(1, chunk + 1, stop)) >= 0:
-            low = max(first, chunk << _CHUNK_SHIFT)
-            high = min(end, (chunk + 1) << _CHUNK_SHIFT)
+            low = max(first, chunk << TABLE_CHUNK_SHIFT)
+            high = min(end, (chunk + 1) << TABLE_CHUNK_SHIFT)
             for index, entry in enumerate(table[low:high].tolist(), low):
                 if entry:
                     table[index] = 0
@@ -385,8 +380,8 @@ class Device:
         pages = self.disksize >> PAGE_SHIFT
         for chunk, ready in enumerate(self._table.ready):
             if ready:
-                low = chunk << _CHUNK_SHIFT
-                chunk_entries = self._table.words[low : min(pages, low + (1 << _CHUNK_SHIFT))].tolist()
+                low = chunk << TABLE_CHUNK_SHIFT
+                chunk_entries = self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
                 yield from ((index, entry) for index, entry in enumerate(chunk_entries, low) if entry)
 
     def _scan(self) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,6 @@
 """Loading, storing and discarding pages: zramd/device/zram.py on the same table, records and counters."""
 
 cdef enum:
-    CHUNK_SHIFT = 9  # of zramd.memory.SparseTable
     DAMAGED = 0xFFFFFFFF  # in place of a length
 
 cdef struct Page:
@@ -44,9 +43,7 @@ cdef class Device:
     cdef bint _make_ready(self, bint elements, uint64_t chunk, uint64_t last) noexcept with gil:
         table = self.elements_table if elements else self.page_table
         try:
-            for unready in range(chunk, last + 1):
-                if not table.ready[unready]:
-                    table.make_ready(unready)
+            table.make_ready(chunk, last)
             return True
         except BaseException as error:
             return self.pool._failed(error)
@@ -71,8 +68,8 @@ cdef class Device:
 
     cdef bint store(self, uint64_t index, const Page *pages, uint64_t count) noexcept nogil:
         """Store pages from `index` on. Return false if there is no room for one: see the pool's text."""
-        cdef uint64_t chunk = index >> CHUNK_SHIFT
-        cdef uint64_t last = (index + count - 1) >> CHUNK_SHIFT
+        cdef uint64_t chunk = index >> Z_TABLE_CHUNK_SHIFT
+        cdef uint64_t last = (index + count - 1) >> Z_TABLE_CHUNK_SHIFT
         cdef const Page *end = pages + count
         cdef uint64_t entry, handle, old
         cdef uint8_t *payload
@@ -84,8 +81,8 @@ cdef class Device:
             if not pages.length:
                 entry = Z_PAGE_STATE_SAME_FILLED << Z_ENTRY_STATE_SHIFT
                 if pages.pattern:
-                    if not self.elements_ready[index >> CHUNK_SHIFT]:
-                        if not self._make_ready(True, index >> CHUNK_SHIFT, index >> CHUNK_SHIFT):
+                    if not self.elements_ready[index >> Z_TABLE_CHUNK_SHIFT]:
+                        if not self._make_ready(True, index >> Z_TABLE_CHUNK_SHIFT, index >> Z_TABLE_CHUNK_SHIFT):
                             return False
                     self.elements[index] = pages.pattern
                     entry |= Z_ENTRY_HAS_ELEMENT
@@ -133,7 +130,7 @@ cdef class Device:
         cdef const uint8_t *data
         cdef uint64_t entry, state
         while pages < end:
-            entry = self.table[index] if self.table_ready[index >> CHUNK_SHIFT] else 0
+            entry = self.table[index] if self.table_ready[index >> Z_TABLE_CHUNK_SHIFT] else 0
             state = entry >> Z_ENTRY_STATE_SHIFT & Z_ENTRY_STATE_MASK
             pages.length = 0
             pages.pattern = 0
@@ -160,8 +157,8 @@ cdef class Device:
             return
         self.superblock[Z_SUPERBLOCK_NOTIFY_FREE] += end - index
         while index < end:
-            if not self.table_ready[index >> CHUNK_SHIFT]:
-                index = ((index >> CHUNK_SHIFT) + 1) << CHUNK_SHIFT
+            if not self.table_ready[index >> Z_TABLE_CHUNK_SHIFT]:
+                index = ((index >> Z_TABLE_CHUNK_SHIFT) + 1) << Z_TABLE_CHUNK_SHIFT
                 continue
             entry = self.table[index]
             if entry:

@@ -1,7 +1,7 @@
 """Locks, addresses, and stores that other processes and the wire can rely on."""
 
 cdef extern from "layout.h" nogil:
-    uint64_t Z_PAGE_SIZE, Z_PAGE_SHIFT, Z_WORD
+    uint64_t Z_PAGE_SIZE, Z_PAGE_SHIFT, Z_WORD, Z_TABLE_CHUNK_SHIFT
     uint64_t Z_ENTRY_HANDLE_MASK, Z_ENTRY_SIZE_SHIFT, Z_ENTRY_SIZE_MASK, Z_ENTRY_STATE_SHIFT, Z_ENTRY_STATE_MASK
     uint64_t Z_ENTRY_HAS_ELEMENT
     uint64_t Z_PAGE_STATE_SAME_FILLED, Z_PAGE_STATE_COMPRESSED, Z_PAGE_STATE_HUGE
