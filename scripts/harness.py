@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from zramd.attach import AttachError
+from zramd.attach.attachment import AttachError
 from zramd.attach.kernel import NbdDevice, has_nbd
 from zramd.attach.loop import LoopDevice
 from zramd.device.counters import MmStat

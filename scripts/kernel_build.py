@@ -31,7 +31,7 @@ from harness import (
     unmount_at_end,
 )
 
-from zramd.attach import run_tool
+from zramd.attach.attachment import run_tool
 from zramd.device.counters import MmStat
 from zramd.layout import PAGE_SIZE
 from zramd.sizes import parse_size

@@ -39,6 +39,7 @@ NO_ENGINE = {
         "test_options",
         "test_pool",
         "test_sizes",
+        "test_swaps",
     ),
 }
 """Modules for which it is all the same which engine runs the hot path, or which run both."""

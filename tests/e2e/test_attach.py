@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ServerProcess, start_server
-from zramd.attach import AttachError, InUseError, MissingToolError, NotRootError
+from zramd.attach.attachment import AttachError, InUseError, MissingToolError, NotRootError
 from zramd.attach.loop import LoopDevice, NoFreeLoopError, NoFuseError
 
 MIB = 1 << 20

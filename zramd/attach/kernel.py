@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from zramd.attach import AttachError, Attachment, find_tool, require_root, require_unused, run_tool
+from zramd.attach.attachment import AttachError, Attachment, find_tool, require_root, require_unused, run_tool
 from zramd.layout import PAGE_SIZE
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from zramd.attach import (
+from zramd.attach.attachment import (
     AttachError,
     Attachment,
     MissingToolError,
