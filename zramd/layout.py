@@ -138,11 +138,17 @@ FULLNESS_GROUPS = 12
 FULL = FULLNESS_GROUPS - 1
 
 
+NOBODY = (1 << 64) - 1
+"""In a record, where no number is meant."""
+
+
 class ArenaRecord(IntEnum):
     """Private words of an arena."""
 
     POPULATED = 0  # free zspages with memory: the height of their stack
     RESERVE = 1  # how many of them are kept at most
+    LOW = 2  # with so many left, more are wanted soon; `NOBODY` if nobody is to be told
+    WAKE = 3  # the eventfd that tells it
 
 
 class ClassRecord(IntEnum):
@@ -163,7 +169,9 @@ class PoolRecord(IntEnum):
     FREE_HANDLE = 1  # head of the list of free handles
     NEXT_HANDLE = 2  # the first that was never used
     READY_HANDLES = 3  # how many may be touched
-    END = 4
+    LOW_HANDLE = 4  # once this one is handed out, more are wanted soon; `NOBODY` if nobody is to be told
+    WAKE = 5  # the eventfd that tells it
+    END = 6
 
 
 class DeviceRecord(IntEnum):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zramd.layout import PAGE_SIZE, WORD
 
-MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; the mmap module has no names for them
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 
@@ -53,19 +53,19 @@ class Region:
         self.bytes = memoryview(self.map)
         self.words = self.bytes.cast("Q")
 
-    def populate(self, offset: int, length: int) -> None:
+    def populate(self, offset: int, length: int, *, shared: bool = False) -> None:
         """Allocate and map `length` bytes from `offset` (both multiples of 4096), none of which are in use.
 
         Raises:
-            NoMemoryError: there is no room; what could be had was given back, since others may need it.
+            NoMemoryError: there is no room; what could be had was given back, since others may need it, unless the part
+                is `shared` with a thread that may populate it too, and then use it.
         """
         try:
-            self.map.madvise(MADV_POPULATE_WRITE, offset, length)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                raise NoMemoryError("the kernel cannot populate memory: Linux 5.14 or newer is needed") from error
-            self.punch(offset, length)
-            raise NoMemoryError(f"no memory left to grow {self.name} by {length} bytes") from error
+            populate(self.bytes, offset, length)
+        except NoMemoryError as error:
+            if not shared:
+                self.punch(offset, length)
+            raise NoMemoryError(f"{error} to grow {self.name} by {length} bytes") from error
 
     def punch(self, offset: int, length: int) -> None:
         """Give `length` bytes from `offset` back to the OS; they read as zeros.
@@ -93,8 +93,15 @@ class Region:
                 if error.errno == errno.ENXIO:
                     return
                 raise
+            if start >= self.size:
+                return
             end = os.lseek(self.fd, start, os.SEEK_HOLE)
-            yield start, end
+            yield start, min(end, self.size)
+
+    def map_data(self) -> None:
+        """Map each part that is populated, so that touching it needs no memory for page tables."""
+        for start, end in self.data_ranges():
+            self.map.madvise(MADV_POPULATE_READ, start, end - start)
 
     def sync(self) -> None:
         """Write the region to its medium. On tmpfs and for a memfd there is none."""
@@ -106,6 +113,22 @@ class Region:
         self.bytes.release()
         self.map.close()
         os.close(self.fd)
+
+
+def populate(memory: memoryview, offset: int, length: int) -> None:
+    """Allocate and map `length` bytes from `offset` of a view of a whole mapping (both multiples of 4096).
+
+    Raises:
+        NoMemoryError: there is no room; a part may have been populated.
+    """
+    mapping = memory.obj
+    assert isinstance(mapping, mmap.mmap)  # noqa: S101 (for the type checker)
+    try:
+        mapping.madvise(MADV_POPULATE_WRITE, offset, length)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise NoMemoryError("the kernel cannot populate memory: Linux 5.14 or newer is needed") from error
+        raise NoMemoryError("no memory left") from error
 
 
 def private_memory(size: int) -> memoryview:
@@ -159,6 +182,15 @@ class SparseTable:
                 self.region.populate(chunk * PAGE_SIZE, PAGE_SIZE)
                 self.ready[chunk] = 1
 
+    def make_all_ready(self) -> None:
+        """Make all words fit to store to, as a kernel zram does when it gets its size.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
+        self.region.populate(0, self.region.size, shared=True)
+        self.ready[:] = b"\1" * len(self.ready)
+
 
 class RegionStore:
     """Where the regions of one device live: a private directory, or memfds that die with the process."""
@@ -203,11 +235,13 @@ class RegionStore:
         except FileNotFoundError:
             return False
 
-    def open(self, name: str, size: int, *, create: bool) -> Region:
+    def open(self, name: str, size: int, *, create: bool, grow: bool = False) -> Region:
         """Map the region `name` of `size` bytes, new and empty if `create`.
 
+        What a larger one has behind that, since growing it was cut short, is left alone; a smaller one has to `grow`.
+
         Raises:
-            OSError: the file is missing, has another size, or cannot be made.
+            OSError: the file is missing, smaller, or cannot be made.
             NoMemoryError: it cannot be mapped.
         """
         if self.directory is None:
@@ -218,10 +252,10 @@ class RegionStore:
                 flags |= os.O_CREAT | os.O_TRUNC
             fd = os.open(self.directory / name, flags, 0o600)
         try:
-            if create:
+            found = os.fstat(fd).st_size
+            if create or (grow and found < size):
                 os.ftruncate(fd, size)
-            elif os.fstat(fd).st_size != size:
-                found = os.fstat(fd).st_size
+            elif found < size:
                 raise OSError(errno.EINVAL, f"{self.directory}/{name} has {found} bytes instead of {size}")
         except OSError:
             os.close(fd)

@@ -8,10 +8,11 @@ cdef extern from "layout.h" nogil:
     uint64_t Z_HANDLE_IN_USE, Z_HANDLE_INDEX_SHIFT, Z_HANDLE_INDEX_MASK, Z_HANDLE_CLASS_SHIFT, Z_HANDLE_CLASS_MASK
     uint64_t Z_HANDLE_ZSPAGE_SHIFT, Z_HEADER_IN_USE
     uint64_t Z_ZSPAGE_BYTES, Z_FULL
-    uint64_t Z_ARENA_RECORD_POPULATED, Z_ARENA_RECORD_RESERVE
+    uint64_t Z_ARENA_RECORD_POPULATED, Z_ARENA_RECORD_RESERVE, Z_ARENA_RECORD_LOW, Z_ARENA_RECORD_WAKE
     uint64_t Z_CLASS_RECORD_FILLED, Z_CLASS_RECORD_ZSPAGES, Z_CLASS_RECORD_LIVE, Z_CLASS_RECORD_HEADS
     uint64_t Z_CLASS_RECORD_COUNTS
     uint64_t Z_POOL_RECORD_PAGES, Z_POOL_RECORD_FREE_HANDLE, Z_POOL_RECORD_NEXT_HANDLE, Z_POOL_RECORD_READY_HANDLES
+    uint64_t Z_POOL_RECORD_LOW_HANDLE, Z_POOL_RECORD_WAKE
     uint64_t Z_DEVICE_RECORD_PAGES_STORED, Z_DEVICE_RECORD_COMPR_DATA_SIZE, Z_DEVICE_RECORD_SAME_PAGES
     uint64_t Z_DEVICE_RECORD_HUGE_PAGES, Z_DEVICE_RECORD_NOTED_PAGES
     uint64_t Z_SUPERBLOCK_MEM_LIMIT, Z_SUPERBLOCK_MEM_USED_MAX, Z_SUPERBLOCK_HUGE_PAGES_SINCE
@@ -48,6 +49,10 @@ cdef extern from *:
     uint8_t *put16(uint8_t *p, uint16_t v) nogil
     uint8_t *put32(uint8_t *p, uint32_t v) nogil
     uint8_t *put64(uint8_t *p, uint64_t v) nogil
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    ctypedef uint64_t eventfd_t
+    int eventfd_write(int, eventfd_t)
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:

@@ -188,6 +188,8 @@ cdef class Pool:
             if not state.arena.record[Z_ARENA_RECORD_POPULATED] and not self._grow(state):
                 return 0
             state.arena.record[Z_ARENA_RECORD_POPULATED] -= 1
+            if state.arena.record[Z_ARENA_RECORD_POPULATED] == state.arena.record[Z_ARENA_RECORD_LOW]:
+                eventfd_write(<int>state.arena.record[Z_ARENA_RECORD_WAKE], 1)
             number = state.arena.populated[state.arena.record[Z_ARENA_RECORD_POPULATED]]
             zspage = &zspages[number]
             zspage.size_class = <uint8_t>(state.index + 1)
@@ -204,6 +206,8 @@ cdef class Pool:
         else:
             handle = self.record[Z_POOL_RECORD_NEXT_HANDLE]
             self.record[Z_POOL_RECORD_NEXT_HANDLE] += 1
+            if handle == self.record[Z_POOL_RECORD_LOW_HANDLE]:
+                eventfd_write(<int>self.record[Z_POOL_RECORD_WAKE], 1)
         self.handles[handle] = number << Z_HANDLE_ZSPAGE_SHIFT | index << Z_HANDLE_INDEX_SHIFT | state.word
         if state.size != Z_PAGE_SIZE:
             (<uint64_t *>start)[0] = handle << 1 | Z_HEADER_IN_USE

@@ -5,10 +5,12 @@ batches behind it, so that resident memory follows the pool without a system cal
 """
 
 import logging
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 
 from zramd.layout import (
+    NOBODY,
     PAGE_SIZE,
     ZSPAGE_BYTES,
     ZSPAGE_CLASS,
@@ -19,14 +21,17 @@ from zramd.layout import (
     ZSPAGE_USED,
     ArenaRecord,
 )
-from zramd.memory import NoMemoryError, Region, RegionError, private_memory, record
+from zramd.memory import NoMemoryError, Region, RegionError, populate, private_memory, record
 
 GROW_PAGES = 64
 """Pages populated at once: about 25 microseconds of the kernel's time."""
 RESERVE_PAGES = 512
 """Free pages kept resident at most in each arena; when more are free, half of this stays."""
 
-_POPULATED, _RESERVE = map(int, ArenaRecord)
+RECORDS_CHUNK = 4 * PAGE_SIZE
+"""Bytes of zspage records populated at once."""
+
+_POPULATED, _RESERVE, _LOW, _WAKE = map(int, ArenaRecord)
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +59,10 @@ class Arena:
         self.populated = private_memory(self.capacity * 4).cast("I")
         self.record = record(len(ArenaRecord))
         self.record[_RESERVE] = RESERVE_PAGES // pages
+        self.record[_LOW] = NOBODY
         self._punched = array("I")  # free zspages without memory: a stack
         self._prepared = 0
+        self._records_ready = 0  # bytes
 
     def __len__(self) -> int:
         """Return how many zspage numbers were ever handed out or prepared."""
@@ -71,6 +78,8 @@ class Arena:
         if not record[_POPULATED]:
             self.grow()
         record[_POPULATED] -= 1
+        if record[_POPULATED] == record[_LOW]:
+            os.eventfd_write(record[_WAKE], 1)
         return self.populated[record[_POPULATED]]
 
     def give(self, zspage: int) -> None:
@@ -95,17 +104,61 @@ class Arena:
             self._grow_by(1)
 
     def _grow_by(self, count: int) -> None:
+        zspages = self.claim(count)
+        try:
+            self.populate(zspages)
+        except NoMemoryError:
+            self.disclaim(zspages)
+            raise
+        self.add(zspages)
+
+    def claim(self, count: int) -> "array[int]":
+        """Return up to `count` zspages without memory, ascending; they are the caller's to populate.
+
+        Raises:
+            NoMemoryError: there are none.
+        """
         if self._punched:
             zspages = array("I", sorted(self._punched[-count:]))
-            self._populate(zspages)
             del self._punched[-count:]
-        else:
-            first = self._prepared
-            zspages = array("I", range(first, min(first + count, self.capacity)))
-            if not zspages:
-                raise NoMemoryError(f"no zspage of {self.pages} pages is left: its address range is used up")
-            self._populate(zspages)
-            self._prepared += len(zspages)
+            return zspages
+        first = self._prepared
+        zspages = array("I", range(first, min(first + count, self.capacity)))
+        if not zspages:
+            raise NoMemoryError(f"no zspage of {self.pages} pages is left: its address range is used up")
+        self._prepared += len(zspages)
+        return zspages
+
+    def populate(self, zspages: "array[int]") -> None:
+        """Give claimed zspages memory. Needs no lock.
+
+        Raises:
+            NoMemoryError: there is no room for all of them; none has any.
+        """
+        span = self.pages * PAGE_SIZE
+        done = 0
+        try:
+            self._populate_records((zspages[-1] + 1) * ZSPAGE_BYTES)
+            for start, end in _runs(zspages):
+                self.region.populate(start * span, (end - start) * span)
+                done += end - start
+        except NoMemoryError:
+            for start, end in _runs(zspages[:done]):
+                self.region.punch(start * span, (end - start) * span)
+            raise
+
+    def _populate_records(self, end: int) -> None:
+        while self._records_ready < end:
+            length = min(RECORDS_CHUNK, len(self.zspages) - self._records_ready)
+            populate(self.zspages, self._records_ready, length)
+            self._records_ready += length
+
+    def disclaim(self, zspages: "array[int]") -> None:
+        """Give up claimed zspages, which have no memory; the lowest will be claimed first."""
+        self._punched.extend(reversed(zspages))
+
+    def add(self, zspages: "array[int]") -> None:
+        """Add populated zspages (ascending) to the free ones; the lowest is taken first."""
         zspages.reverse()
         self._push(zspages)
 
@@ -113,11 +166,6 @@ class Arena:
         height = self.record[_POPULATED]
         self.populated[height : height + len(zspages)] = zspages
         self.record[_POPULATED] += len(zspages)
-
-    def _populate(self, zspages: "array[int]") -> None:
-        span = self.pages * PAGE_SIZE
-        for start, end in _runs(zspages):
-            self.region.populate(start * span, (end - start) * span)
 
     def shrink(self) -> None:
         """Punch the free zspages that were given back longest ago.
@@ -148,6 +196,7 @@ class Arena:
     def restore(self, count: int) -> None:
         """Note that `count` zspages were found in the region, all of them free so far."""
         self._prepared = count
+        self._populate_records(count * ZSPAGE_BYTES)
 
     def release_unused(self) -> None:
         """After recovery: punch what no object was found in."""

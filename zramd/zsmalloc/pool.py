@@ -7,6 +7,7 @@ A handle is an index into the handle table; its word says where the object lies 
 the device's lock guards it.
 """
 
+import os
 from collections.abc import Callable
 
 from zramd.layout import (
@@ -18,6 +19,7 @@ from zramd.layout import (
     HANDLE_INDEX_SHIFT,
     HANDLE_ZSPAGE_SHIFT,
     HEADER_IN_USE,
+    NOBODY,
     PAGE_SIZE,
     WORD,
     ClassRecord,
@@ -37,7 +39,7 @@ MAX_ZSPAGES = (1 << 32) - 2
 """Zspages in an arena: their numbers, and a list link one higher, take 32 bits."""
 
 _FILLED, _ZSPAGES, _LIVE, _HEADS, _COUNTS, _END = map(int, ClassRecord)
-_PAGES, _FREE_HANDLE, _NEXT_HANDLE, _READY_HANDLES, _ = map(int, PoolRecord)
+_PAGES, _FREE_HANDLE, _NEXT_HANDLE, _READY_HANDLES, _LOW_HANDLE, _WAKE, _ = map(int, PoolRecord)
 
 OpenRegion = Callable[[str, int], Region]
 """Opens the region of a name and a size in bytes."""
@@ -178,10 +180,10 @@ class Pool:
         self.geometry = geometry
         self.record = record(PoolRecord.END)
         self.record[_NEXT_HANDLE] = 1
+        self.record[_LOW_HANDLE] = NOBODY
         self.arenas: list[Arena] = []
         # Handle 0 is no handle. The kernel allocates an overwriting object before it frees the old one: one spare.
-        self._handle_limit = objects + 2
-        size = -(-self._handle_limit // HANDLE_CHUNK) * HANDLE_CHUNK * WORD
+        size = -(-(objects + 2) // HANDLE_CHUNK) * HANDLE_CHUNK * WORD
         self.handle_region = open_region("handles", size)
         self._handles = self.handle_region.words
         for pages in range(1, geometry.chain_size + 1):
@@ -249,6 +251,8 @@ class Pool:
         else:
             handle = pool[_NEXT_HANDLE]
             pool[_NEXT_HANDLE] = handle + 1
+            if handle == pool[_LOW_HANDLE]:
+                os.eventfd_write(pool[_WAKE], 1)
         handles[handle] = zspage << HANDLE_ZSPAGE_SHIFT | index << HANDLE_INDEX_SHIFT | state.word
         if state.size != PAGE_SIZE:
             state.words[offset >> 3] = handle << 1 | HEADER_IN_USE
@@ -263,17 +267,24 @@ class Pool:
         Raises:
             NoMemoryError: there is no room.
         """
-        pool = self.record
-        if pool[_NEXT_HANDLE] >= self._handle_limit:
+        start, length = self.next_handles()
+        if not length:
             raise NoMemoryError("every handle is in use")
-        start = pool[_READY_HANDLES] * WORD
-        length = min(HANDLE_CHUNK * WORD, self.handle_region.size - start)
         try:
-            self.handle_region.populate(start, length)
+            self.handle_region.populate(start, length, shared=True)
         except NoMemoryError:
             length = PAGE_SIZE
-            self.handle_region.populate(start, length)
-        pool[_READY_HANDLES] += length // WORD
+            self.handle_region.populate(start, length, shared=True)
+        self.add_handles(start, length)
+
+    def next_handles(self) -> tuple[int, int]:
+        """Return (offset, length) in bytes of the part of the handle table that is to be populated next."""
+        start = self.record[_READY_HANDLES] * WORD
+        return start, min(HANDLE_CHUNK * WORD, self.handle_region.size - start)
+
+    def add_handles(self, start: int, length: int) -> None:
+        """Note that a part of the handle table, next to what could be used, can be used too."""
+        self.record[_READY_HANDLES] = max(self.record[_READY_HANDLES], (start + length) // WORD)
 
     def restore_handles(self, free: int, following: int, ready: int) -> None:
         """Take over a handle table: head of the free list, first handle never used, number that may be touched.
