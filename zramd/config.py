@@ -154,6 +154,7 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
         disks=disks,
         unix=tuple(UnixAddress(path, mode, owner, group) for path in paths),
         tcp=tcp,
+        swap=server.take("swap", _boolean, False),
         public=server.take("plain-tcp-beyond-loopback", _boolean, False),
         tls=tls,
         access=Access(

@@ -1,4 +1,8 @@
-"""The daemon: its disks, their NBD server and their status sockets, from start to signal."""
+"""The daemon: its disks, their NBD server and their status sockets, from start to signal.
+
+SIGTERM and SIGINT stop it. While the machine swaps to one of its disks it says so and goes on until that is over, since
+what is swapped out would be lost. `supervisor.HAND_OVER` stops it in any case.
+"""
 
 import gc
 import logging
@@ -9,31 +13,44 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from urllib.parse import quote
 
+from zramd import noswap
 from zramd.activation import activated, standard_input
 from zramd.attach.kernel import has_nbd
-from zramd.device.codecs import Parameters
+from zramd.attach.swaps import swaps_of
+from zramd.device.codecs import Parameters, codec
 from zramd.device.disk import Disk
+from zramd.device.opening import DEFAULT_ALGORITHM
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
-from zramd.memory import NoMemoryError, RegionError
+from zramd.memory import NoMemoryError, RegionError, is_memory_backed
 from zramd.native import Engine, choose
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.server import Server
 from zramd.nbd.tls import TlsError, TlsMode, make_context
+from zramd.nbd.warmup import WarmUpError, warm_up
+from zramd.notify import notify
 from zramd.paths import make_runtime_directory
+from zramd.reclaim import Measure, protect, protect_thread
 from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
 from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
+from zramd.supervisor import HAND_OVER, supervise
 
 STACK_BYTES = 512 << 10
 """Of each thread. The codecs keep their state on the heap; liblz4's fast compressor puts 16 KiB on the stack."""
 STOP_SECONDS = 0.4
+SWAPOFF_SECONDS = 1.0
+"""Between two looks whether the machine still swaps to a server that is to stop."""
 SWITCH_SECONDS = 0.0005
 """Most time that a busy Python thread keeps the compiled engine waiting when a pool, its device locked, has to grow."""
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, HAND_OVER}
 
 log = logging.getLogger(__name__)
 
@@ -48,26 +65,59 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     Raises:
         DaemonError: the daemon could not start.
         OSError: the regions cannot be opened, or not be left in order.
+        SystemExit: in a supervisor, when its server has ended.
     """
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
-    # Before any thread is made, so that only sigwait below ever receives them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+    # Before any thread is made, so that only the waiting below ever receives them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.stack_size(STACK_BYTES)
     if choose() is Engine.NATIVE:
         sys.setswitchinterval(SWITCH_SECONDS)
     try:
+        check(settings)
+        started = supervise() if settings.swap else _nobody_waits
         with ExitStack() as sockets:
             daemon = _Daemon(settings, sockets)
             for line in daemon.introduction():
                 announce(line)
             gc.collect()
             gc.freeze()
-            signal.sigwait(stop_signals)
+            started()
+            notify("READY=1", f"STATUS={daemon.summary()}")
+            daemon.wait()
+            notify("STOPPING=1")
         for disk, chosen in daemon.disks:
             if chosen.state is not None and disk.leave():
                 announce(f"stopped; the contents stay in {chosen.state} until it is removed or the machine restarts")
     except (StateError, NoMemoryError, RegionError, ListenError, TlsError) as error:
         raise DaemonError(str(error)) from error
+
+
+def check(settings: Settings) -> None:
+    """Find out whether this program can serve these settings, without touching any disk or socket.
+
+    Raises:
+        DaemonError: it cannot, or is broken.
+    """
+    for disk in settings.disks:
+        if settings.swap and (disk.state is None or not is_memory_backed(_existing(disk.state))):
+            raise DaemonError(
+                f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
+                "--state, and neither --volatile nor --stdio"
+            )
+    for chosen in {disk.wanted.codec or codec(DEFAULT_ALGORITHM) for disk in settings.disks}:
+        try:
+            warm_up(chosen)
+        except WarmUpError as error:
+            raise DaemonError(str(error)) from error
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the lowest directory above it that there is."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _nobody_waits() -> None:
+    """Nobody waits for the server to have started."""
 
 
 class _Daemon:
@@ -76,6 +126,9 @@ class _Daemon:
     def __init__(self, settings: Settings, sockets: ExitStack) -> None:
         self._settings = settings
         self._sockets = sockets
+        self._supervisor = os.getppid()
+        self._lacking: set[str] = set()
+        self._measures = protect() if settings.swap else []
         tls = settings.tls
         context = None if tls.mode is TlsMode.OFF else make_context(tls)
         given = activated()
@@ -94,9 +147,11 @@ class _Daemon:
             listeners += listen_tcp(host, port)
         for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
-        self.disks = [(_open_disk(chosen), chosen) for chosen in settings.disks]
+        self.disks = [(_open_disk(chosen, swap=settings.swap), chosen) for chosen in settings.disks]
         exports = [Export(disk.name, chosen.description, disk, chosen.read_only) for disk, chosen in self.disks]
-        server = Server(Exports(exports), settings.limits, settings.access, tls.mode, context)
+        self._server = server = Server(
+            Exports(exports), settings.limits, settings.access, tls.mode, context, self._enter_thread
+        )
         for disk, chosen in self.disks:
             self._serve_attributes(disk, chosen)
         sockets.callback(_stop, server)
@@ -105,11 +160,58 @@ class _Daemon:
         if client is not None:
             server.adopt(client, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
+    def _enter_thread(self) -> None:
+        """Make a connection's thread what the first thread is: it should have inherited that."""
+        if self._settings.swap:
+            self._lacking |= {measure.name for measure in protect_thread() if not measure.in_force}
+
+    def _report(self, chosen: DiskSettings) -> list[Measure] | None:
+        """Return what is done for swapping to a disk, and what is missing, or None if that was not asked for."""
+        if not self._settings.swap or chosen.state is None:
+            return None
+        measures = [
+            Measure(name, missing or ("a serving thread lacks it" if name in self._lacking else ""))
+            for name, missing in ((measure.name, measure.missing) for measure in self._measures)
+        ]
+        alive = os.getppid() == self._supervisor
+        measures.append(Measure("supervisor", "" if alive else "it died: restart the server after swapoff"))
+        return [*measures, noswap.check(chosen.state)]
+
+    def _swaps_of(self, disk: Disk) -> list[str]:
+        opened = disk.opened
+        return swaps_of(str(opened.device.identity.uuid), self._server.peer_pids()) if opened else []
+
+    def _swaps(self) -> list[str]:
+        return [path for disk, _ in self.disks for path in self._swaps_of(disk)]
+
+    def wait(self) -> None:
+        """Return when the server is to end."""
+        wanted: int | None = signal.sigwait(_SIGNALS)
+        while wanted != HAND_OVER and (swaps := self._swaps()):
+            if wanted is not None:
+                text = f"not stopped, since the machine swaps to {' '.join(swaps)}: swapoff first (zramd swapoff)"
+                log.error(text)
+                notify(f"STATUS={text}")
+            received = signal.sigtimedwait(_SIGNALS, SWAPOFF_SECONDS)
+            wanted = received.si_signo if received else None
+
+    def summary(self) -> str:
+        """Return a line on what is served."""
+        disks = (f"{disk.name} of {format_size(disk.disksize)}, {disk.algorithm}" for disk, _ in self.disks)
+        return f"serving {'; '.join(disks)}"
+
     def _serve_attributes(self, disk: Disk, chosen: DiskSettings) -> None:
         """Open the status and the admin socket of a disk, unless they are among those of socket activation."""
         if chosen.status is None or chosen.admin is None:
             return
-        served = Served(disk, self._uris(disk.name), chosen.admin)
+        served = Served(
+            disk,
+            self._uris(disk.name),
+            chosen.admin,
+            partial(self._report, chosen),
+            partial(self._swaps_of, disk),
+            partial(os.kill, os.getpid(), HAND_OVER),
+        )
         status_name, admin_name = _socket_names(self._settings, chosen)
         reading = self._named.get(status_name)
         if reading is None:
@@ -206,10 +308,12 @@ def _stop(server: Server) -> None:
         log.warning("a client did not take its replies in time and was cut off")
 
 
-def _open_disk(settings: DiskSettings) -> Disk:
+def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
     """Make the disk, and find its device in kept regions or initialise it unless it is to have no size yet."""
     wanted = settings.wanted
-    disk = Disk(settings.name, settings.state, wanted.chain_size)
+    if swap and settings.state is not None:
+        noswap.mount(settings.state)
+    disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap)
     if wanted.disksize != 0:
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
         disk.open(wanted)

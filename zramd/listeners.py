@@ -118,8 +118,13 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
 
 def peer_ids(sock: socket.socket) -> tuple[int, int]:
     """Return the uid and gid with which the peer of a Unix socket connected."""
-    _, uid, gid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    _, uid, gid = _peer(sock)
     return uid, gid
+
+
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
+    pid, uid, gid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return pid, uid, gid
 
 
 def is_public(sock: socket.socket) -> bool:
@@ -152,6 +157,11 @@ class Connections:
     def __len__(self) -> int:
         """Return how many are connected."""
         return len(self._threads)
+
+    def peer_pids(self) -> set[int]:
+        """Return the processes that connected by Unix socket, which may have given their socket to the kernel since."""
+        with self._lock:
+            return {_peer(sock)[0] for sock in self._threads if sock.family == socket.AF_UNIX}
 
     def accept_on(self, listener: socket.socket, pause: float = 0) -> None:
         """Accept connections on a listener from now on, at most one every `pause` seconds."""

@@ -45,6 +45,7 @@ class UnixAddress:
 class Settings:
     """A daemon: its disks, the first of which is the default export, and where NBD clients find it.
 
+    With `swap` it may be swapped to: its memory is locked, and a supervisor starts it anew if it dies.
     `public` lets it listen on addresses that other machines reach without requiring TLS. With `stdio`, the one client
     is on standard input.
     """
@@ -52,6 +53,7 @@ class Settings:
     disks: tuple[DiskSettings, ...]
     unix: tuple[UnixAddress, ...] = ()
     tcp: tuple[tuple[str, int], ...] = ()
+    swap: bool = False
     public: bool = False
     stdio: bool = False
     tls: TlsSettings = field(default_factory=TlsSettings)

@@ -27,6 +27,8 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
       comp_algorithm    lz4, lz4hc or zstd; before disksize
       algorithm_params  'level=N dict=/PATH'; before disksize
       disksize          makes the disk; after a reset, or after `zramd serve --size 0`
+      grow              makes it larger, while it is used
+      stop              1: end the server; `force`, even while the machine swaps to it
 
     \b
     Example:

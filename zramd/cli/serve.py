@@ -8,6 +8,7 @@ import click
 from zramd.cli.options import Parsed
 from zramd.config import ConfigError, find_group, load, parse_address
 from zramd.daemon import DaemonError, run
+from zramd.daemon import check as daemon_check
 from zramd.device.codecs import Codec, parse_codec
 from zramd.device.opening import Wanted
 from zramd.log import start_log
@@ -56,6 +57,12 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE),
     help=f"Most pages in a zspage. Default: {DEFAULT_CHAIN_SIZE}.",
 )
+@click.option(
+    "--swap",
+    is_flag=True,
+    help="For swapping to: locks and populates memory ahead, runs in real time, and a supervisor restarts the server.",
+)
+@click.option("--check", is_flag=True, help="Only find out whether this would serve: options, configuration, engine.")
 @click.pass_context
 def serve(
     context: click.Context,
@@ -74,6 +81,8 @@ def serve(
     volatile: bool,
     mem_limit: int | None,
     chain_size: int | None,
+    swap: bool,
+    check: bool,
 ) -> None:
     """Serve a compressed disk over NBD until SIGINT or SIGTERM.
 
@@ -115,9 +124,13 @@ def serve(
                 ),
                 unix=(UnixAddress(unix),) if unix else (),
                 tcp=(tcp,) if tcp else (),
+                swap=swap,
                 stdio=stdio,
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),
             )
+        if check:
+            daemon_check(settings)
+            return
         run(settings, partial(click.echo, err=stdio))
     except (ConfigError, DaemonError, EngineError) as error:
         raise click.ClickException(str(error)) from error
@@ -129,5 +142,5 @@ def _require_alone(context: click.Context) -> None:
     given = {
         name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
-    for name in sorted(given - {"config", "stdio"}):
+    for name in sorted(given - {"config", "stdio", "check"}):
         raise click.UsageError(f"--{name.replace('_', '-')} and --config exclude each other: write it into the file")

@@ -84,7 +84,8 @@ def status(socket: Path | None) -> None:
     """Show the disks that are served in a table for people.
 
     DATA is what was written and not discarded, COMPR what it is compressed to, TOTAL the memory that takes, and RATIO
-    is DATA / TOTAL. Sizes: K, M, G are of 1024.
+    is DATA / TOTAL. Sizes: K, M, G are of 1024. Of a disk that is served with --swap it tells what of that is in force,
+    and what is missing and why.
 
     \b
     Example:
@@ -106,6 +107,20 @@ def status(socket: Path | None) -> None:
     for facts in disks:
         for uri in facts["uris"]:
             click.echo(f"{facts['name']} is served at {uri}")
+        for line in _swap_lines(facts):
+            click.echo(line)
+
+
+def _swap_lines(facts: dict[str, Any]) -> list[str]:
+    """Return what there is to say of a disk that is swapped to, or is to be."""
+    name, measures = facts["name"], facts["measures"]
+    lines = [f"{name} is swapped to: {' '.join(facts['swaps'])}"] if facts["swaps"] else []
+    if measures is not None:
+        lines.append(f"{name} for swap, in force: {', '.join(key for key, missing in measures.items() if not missing)}")
+        lines += [f"{name} for swap, missing: {key} ({missing})" for key, missing in measures.items() if missing]
+    elif facts["swaps"]:
+        lines.append(f"{name} is not safe to swap to: serve it with --swap")
+    return lines
 
 
 def _status_row(facts: dict[str, Any]) -> dict[str, str]:

@@ -33,12 +33,15 @@ class UninitialisedError(Exception):
 class Disk:
     """A disk called `name` whose regions lie in `directory` (None: in memfds that die with the process).
 
+    If it is for `swap`, its memory is populated ahead of need.
+
     `opened` is the device and its regions, None while the disk is uninitialised. Methods that change the disk exclude
     each other; those that only look wait for nobody but the device's lock.
     """
 
-    def __init__(self, name: str, directory: Path | None, chain_size: int | None = None) -> None:
+    def __init__(self, name: str, directory: Path | None, chain_size: int | None = None, *, swap: bool = False) -> None:
         self.name = name
+        self._swap = swap
         self.opened: OpenDevice | None = None
         self._directory = directory
         self._chain_size = chain_size
@@ -59,7 +62,7 @@ class Disk:
         Raises:
             StateError, NoMemoryError, RegionError, OSError: as OpenDevice.
         """
-        self.opened = OpenDevice(RegionStore(self._directory), wanted)
+        self.opened = self._open_device(wanted)
         return self.opened
 
     def leave(self) -> bool:
@@ -194,7 +197,7 @@ class Disk:
         with self._control:
             self._require_uninitialised()
             chosen = codec(self._algorithm, self._parameters.level, self._parameters.dictionary)
-            opened = OpenDevice(RegionStore(self._directory), Wanted(disksize, chosen, self._chain_size))
+            opened = self._open_device(Wanted(disksize, chosen, self._chain_size))
             opened.device.set_mem_limit(self._mem_limit)
             self.opened = opened
 
@@ -219,6 +222,37 @@ class Disk:
             UninitialisedError: there is no pool.
         """
         self._require_opened().device.compact()
+
+    def grow(self, disksize: int) -> None:
+        """Make the disk larger: `disksize` bytes, rounded up to pages.
+
+        Clients are disconnected, and find it grown when they connect again; `zramd attach` tells the kernel, and users
+        of the block device only wait. Cut short at any moment, it leaves the disk as it was or grown.
+
+        Raises:
+            ValueError: the disk would become smaller, or larger than a pool can be; or nothing of it is kept.
+            UninitialisedError: it has no size yet.
+            BusyError: a client does not leave.
+            StateError, NoMemoryError, RegionError, OSError: as OpenDevice; the disk is as it was.
+        """
+        with self._control:
+            opened = self._require_opened()
+            if self._directory is None:
+                raise ValueError("a volatile disk cannot grow: nothing of it is kept")
+            opened.require_growth(disksize)
+            self._disconnect(force=True)
+            try:
+                opened.abandon()
+                try:
+                    self.opened = self._open_device(Wanted(disksize, grow=True))
+                except BaseException:
+                    self.opened = self._open_device(Wanted())
+                    raise
+            finally:
+                self._resetting = False
+
+    def _open_device(self, wanted: Wanted) -> OpenDevice:
+        return OpenDevice(RegionStore(self._directory), wanted, swap=self._swap)
 
     def reset(self, *, force: bool = False) -> None:
         """Throw the contents away, and forget size, limit, codec, parameters and counters.

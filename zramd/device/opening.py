@@ -1,7 +1,7 @@
 """Making a device, or finding it again in the regions that an earlier process left."""
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zramd.device.codecs import Codec, codec
@@ -16,10 +16,11 @@ from zramd.device.superblock import (
     store_identity,
 )
 from zramd.device.zram import Device
-from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD
+from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD, Superblock
 from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose
 from zramd.zsmalloc import FitRule, Pool, geometry
+from zramd.zsmalloc.ahead import Ahead
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE
 from zramd.zsmalloc.pool import max_disksize
 
@@ -31,11 +32,12 @@ _SUPERBLOCK, _PAGE_TABLE, _DICTIONARY = "superblock", "page_table", "dictionary0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was asked for; None is "as the kept state says, or the default"."""
+    """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize."""
 
     disksize: int | None = None
     codec: Codec | None = None
     chain_size: int | None = None
+    grow: bool = False
 
 
 class OpenDevice:
@@ -48,8 +50,8 @@ class OpenDevice:
         flush: writes them to it, and may raise OSError; None where they lie in memory.
     """
 
-    def __init__(self, store: RegionStore, wanted: Wanted) -> None:
-        """Open the device kept in `store`, or make one there.
+    def __init__(self, store: RegionStore, wanted: Wanted, *, swap: bool = False) -> None:
+        """Open the device kept in `store`, or make one there. For `swap`, memory is populated ahead of need.
 
         Raises:
             StateError: what is kept is damaged or is not what was asked for.
@@ -60,6 +62,7 @@ class OpenDevice:
         """
         self._store = store
         self.regions: list[Region] = []
+        self._ahead: Ahead | None = None
         self.on_disk = store.on_disk()
         self.flush = self._flush if self.on_disk else None
         try:
@@ -67,7 +70,8 @@ class OpenDevice:
             self.recovered = identity is not None
             if identity is None:
                 identity = _new_identity(wanted)
-            self.device = self._build(identity)
+            self.device = self._build(identity, wanted)
+            self._ahead = self._populate_ahead() if swap else None
         except BaseException:
             self.close()
             raise
@@ -89,6 +93,8 @@ class OpenDevice:
                 raise StateError("there is a page table, but no superblock that belongs to it")
         except StateError as error:
             raise StateError(f"{where}: {error}; remove the directory to start afresh") from error
+        if identity is not None and wanted.grow and wanted.disksize is not None:
+            return replace(identity, disksize=round_up_to_page(wanted.disksize))
         if identity is not None:
             _check(identity, wanted, where)
         return identity
@@ -100,7 +106,8 @@ class OpenDevice:
         finally:
             region.close()
 
-    def _build(self, identity: Identity) -> Device:
+    def _build(self, identity: Identity, wanted: Wanted) -> Device:
+        self._grow = wanted.grow
         self._superblock = superblock = self._open(_SUPERBLOCK, PAGE_SIZE)
         if self.recovered:
             note_boot(superblock.words)
@@ -109,7 +116,7 @@ class OpenDevice:
         else:
             superblock.populate(0, PAGE_SIZE)
         pages = identity.disksize >> PAGE_SHIFT
-        table = SparseTable(self._open(_PAGE_TABLE, round_up_to_page(pages * WORD)))
+        self._table = table = SparseTable(self._open(_PAGE_TABLE, round_up_to_page(pages * WORD)))
         elements_region = self._open("elements", round_up_to_page(pages * WORD))
         if not self.recovered:
             elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
@@ -129,10 +136,21 @@ class OpenDevice:
                 region.populate(0, region.size)
                 region.bytes[: len(dictionary)] = dictionary
             store_identity(superblock.words, identity)
+        if wanted.grow:
+            # Last: until here, the disk has its old size, and its regions just some room.
+            superblock.words[Superblock.DISKSIZE] = identity.disksize
         return device
 
+    def _populate_ahead(self) -> Ahead:
+        for region in self.regions:
+            region.map_data()
+        self._table.make_all_ready()
+        ahead = Ahead(self.device.pool, self.device.lock)
+        ahead.start()
+        return ahead
+
     def _open(self, name: str, size: int) -> Region:
-        region = self._store.open(name, size, create=not self.recovered)
+        region = self._store.open(name, size, create=not self.recovered, grow=self._grow)
         self.regions.append(region)
         return region
 
@@ -156,10 +174,34 @@ class OpenDevice:
 
     def close(self) -> None:
         """Unmap the regions. Nobody may use the device any more."""
+        self._stop_ahead()
         for region in self.regions:
             region.close()
         self.regions.clear()
         self._store.close()
+
+    def require_growth(self, disksize: int) -> None:
+        """Check that the device may grow to so many bytes.
+
+        Raises:
+            ValueError: it may not.
+        """
+        identity = self.device.identity
+        limit = max_disksize(geometry(identity.chain_size, identity.rule))
+        if not identity.disksize < disksize <= limit:
+            raise ValueError(f"the disk has {identity.disksize} bytes: it can grow to up to {limit}, not to {disksize}")
+
+    def abandon(self) -> None:
+        """Let go of the regions, which stay as they are for who opens them next. Nobody is connected any more."""
+        self._stop_ahead()
+        with self.device.lock:
+            self.device.retire()
+            self.close()
+
+    def _stop_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.stop()
+            self._ahead = None
 
     def destroy(self) -> None:
         """Forget the contents and remove the regions. Nobody is connected to the device any more.
@@ -169,6 +211,7 @@ class OpenDevice:
         Raises:
             RegionError: the file system failed.
         """
+        self._stop_ahead()
         with self.device.lock:
             self.device.retire()
             regions = {region.name: region for region in self.regions}

@@ -3,7 +3,7 @@
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Server(Connections):
-    """Serves exports on any number of listeners until it is stopped. Without a TLS context there is no TLS."""
+    """Serves exports on any number of listeners until it is stopped. Without a TLS context there is no TLS.
+
+    Each connection's thread first calls `enter_thread`.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,7 @@ class Server(Connections):
         access: Access = DEFAULT_ACCESS,
         tls: TlsMode = TlsMode.OFF,
         context: ssl.SSLContext | None = None,
+        enter_thread: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("nbd", limits.connections, self._converse)
         self._exports = exports
@@ -37,12 +41,14 @@ class Server(Connections):
         self._access = access
         self._tls = tls
         self._context = context
+        self._enter_thread = enter_thread
         self._handshakes: dict[socket.socket, None] = {}  # the oldest first
 
     def _converse(self, sock: socket.socket) -> None:
         if sock.family == socket.AF_UNIX and not self._access.admits_peer(sock):
             log.warning("user %d, group %d is not let in", *peer_ids(sock))
             return
+        self._enter_thread()
         _tune(sock, self._limits)
         context = self._context
         try:

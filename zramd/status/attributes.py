@@ -12,16 +12,24 @@ from zramd import __version__
 from zramd.device import codecs
 from zramd.device.disk import Disk, UninitialisedError
 from zramd.native import choose
+from zramd.reclaim import Measure
 from zramd.zsmalloc.stats import format_classes
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A disk as its sockets know it: where clients find it, and where it can be changed."""
+    """A disk as its sockets know it: where clients find it, and where it can be changed.
+
+    `measures` returns what is done for swapping to it, None if that was not asked for; `swaps` the swap areas on it;
+    `stop` ends the server.
+    """
 
     disk: Disk
     uris: tuple[str, ...]
     admin: Path
+    measures: Callable[[], list[Measure] | None] = lambda: None
+    swaps: Callable[[], list[str]] = list
+    stop: Callable[[], None] = lambda: None
 
 
 class AttributeRefusedError(Exception):
@@ -93,12 +101,15 @@ def everything(served: Served) -> dict[str, object]:
     """Return all there is to know, ready for JSON. Sizes are in bytes."""
     disk, opened = served.disk, served.disk.opened
     identity = opened.device.identity if opened else None
+    measures = served.measures()
     return {
         "name": disk.name,
         "version": __version__,
         "uris": list(served.uris),
         "admin": str(served.admin),
         "connections": disk.clients,
+        "swaps": served.swaps(),
+        "measures": None if measures is None else {measure.name: measure.missing for measure in measures},
         "uuid": str(identity.uuid) if identity else None,
         "initstate": int(opened is not None),
         "disksize": disk.disksize,

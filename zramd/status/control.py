@@ -16,7 +16,7 @@ from zramd.sizes import memparse
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
 
 FORCE = "force"
-"""The value of `reset` that disconnects clients; the kernel has nothing like it."""
+"""The value of `reset` and `stop` that takes no notice of clients; the kernel has nothing like it."""
 MAX_ALGORITHM = 128
 """Characters in comp_algorithm (CRYPTO_MAX_ALG_NAME)."""
 MAX_RESET = (1 << 16) - 1
@@ -67,6 +67,14 @@ def _reset(disk: Disk, value: str) -> None:
     disk.reset(force=force)
 
 
+def _stop(served: Served, value: str) -> None:
+    """End the server. The kernel has nothing like it."""
+    swaps = served.swaps()
+    if swaps and value != FORCE:
+        raise BusyError(f"{' '.join(swaps)} is swapped to: swapoff first, or force it and lose what is swapped out")
+    served.stop()
+
+
 _WORDS: dict[str, Callable[[Disk, str], None]] = {
     "disksize": lambda disk, value: disk.initialise(memparse(value)),
     "comp_algorithm": _set_algorithm,
@@ -74,10 +82,11 @@ _WORDS: dict[str, Callable[[Disk, str], None]] = {
     "mem_limit": lambda disk, value: disk.set_mem_limit(memparse(value)),
     "mem_used_max": _set_mem_used_max,
     "compact": lambda disk, _: disk.compact(),
+    "grow": lambda disk, value: disk.grow(memparse(value)),
     "reset": _reset,
 }
 
-WORDS = tuple(_WORDS)
+WORDS = (*_WORDS, "stop")
 
 
 def write(served: Served, name: str, value: str) -> None:
@@ -86,12 +95,15 @@ def write(served: Served, name: str, value: str) -> None:
     Raises:
         AttributeRefusedError: there is no such word, or not with this value or in this state.
     """
-    if name not in _WORDS:
+    if name not in WORDS:
         if name in NAMES:
             raise AttributeRefusedError(f"EACCES {name} cannot be written")
         raise AttributeRefusedError(f"EINVAL no attribute {name!r} can be written; there are: {' '.join(WORDS)}")
     try:
-        _WORDS[name](served.disk, value)
+        if name == "stop":
+            _stop(served, value)
+        else:
+            _WORDS[name](served.disk, value)
     except BusyError as error:
         raise AttributeRefusedError(f"EBUSY {error}") from error
     except (ValueError, UninitialisedError, StateError) as error:
