@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,9 +21,10 @@ from zramd import noswap
 from zramd.activation import activated, standard_input
 from zramd.attach.kernel import has_nbd
 from zramd.attach.swaps import swaps_of
-from zramd.device.codecs import Parameters, codec
+from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
 from zramd.device.opening import DEFAULT_ALGORITHM
+from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
@@ -105,10 +106,21 @@ def check(settings: Settings) -> None:
                 "--state, and neither --volatile nor --stdio"
             )
     for chosen in {disk.wanted.codec or codec(DEFAULT_ALGORITHM) for disk in settings.disks}:
-        try:
-            warm_up(chosen)
-        except WarmUpError as error:
-            raise DaemonError(str(error)) from error
+        _try_out(chosen)
+
+
+@cache
+def _try_out(codec: Codec) -> None:
+    """Find out whether the engine works with a codec.
+
+    Raises:
+        DaemonError: it does not.
+    """
+    try:
+        selftest(codec)
+        warm_up(codec)
+    except (SelfTestError, WarmUpError, NoMemoryError) as error:
+        raise DaemonError(str(error)) from error
 
 
 def _existing(path: Path) -> Path:
@@ -316,7 +328,7 @@ def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
     disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap)
     if wanted.disksize != 0:
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
-        disk.open(wanted)
+        _try_out(disk.open(wanted).device.identity.codec)
     elif wanted.codec:
         disk.set_algorithm(wanted.codec.name)
         disk.set_parameters(Parameters(wanted.codec.level, wanted.codec.dictionary), None)

@@ -111,6 +111,7 @@ class Superblock(IntEnum):
     FIT_RULE = 5
     UUID = 6  # two words
     MEM_LIMIT = 8  # pages, 0: none
+    FIRST_DISKSIZE = 9  # bytes, before the device grew; 0: it never did
     BOOT_ID = 10  # two words: the boot under which the regions are in use; 0: they were left in order
     CODECS = 16  # four times six words
     # Lifetime counters.

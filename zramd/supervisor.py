@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from zramd.reclaim import protect
 
@@ -93,7 +94,9 @@ class _Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - _STOP)
 
             def started() -> None:
-                os.write(server_end, b"\1")
+                # A supervisor that is being upgraded waits no longer.
+                with suppress(BrokenPipeError):
+                    os.write(server_end, b"\1")
                 os.close(server_end)
 
             return started

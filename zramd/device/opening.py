@@ -78,13 +78,14 @@ class OpenDevice:
 
     def _find(self, wanted: Wanted) -> Identity | None:
         where = self._store.directory
-        identity = None
+        identity, first_disksize = None, 0
         try:
             # Reading a superblock that was never populated could be a SIGBUS.
             if self._store.exists(_SUPERBLOCK):
                 superblock = self._store.open(_SUPERBLOCK, PAGE_SIZE, create=False)
                 try:
                     identity = load_identity(superblock.words, self._read_dictionary)
+                    first_disksize = superblock.words[Superblock.FIRST_DISKSIZE]
                     if identity is not None:
                         check_boot(superblock.words)
                 finally:
@@ -96,7 +97,7 @@ class OpenDevice:
         if identity is not None and wanted.grow and wanted.disksize is not None:
             return replace(identity, disksize=round_up_to_page(wanted.disksize))
         if identity is not None:
-            _check(identity, wanted, where)
+            _check(identity, first_disksize, wanted, where)
         return identity
 
     def _read_dictionary(self, length: int) -> bytes:
@@ -137,8 +138,10 @@ class OpenDevice:
                 region.bytes[: len(dictionary)] = dictionary
             store_identity(superblock.words, identity)
         if wanted.grow:
+            words = superblock.words
+            words[Superblock.FIRST_DISKSIZE] = words[Superblock.FIRST_DISKSIZE] or words[Superblock.DISKSIZE]
             # Last: until here, the disk has its old size, and its regions just some room.
-            superblock.words[Superblock.DISKSIZE] = identity.disksize
+            words[Superblock.DISKSIZE] = identity.disksize
         return device
 
     def _populate_ahead(self) -> Ahead:
@@ -232,10 +235,11 @@ def _new_identity(wanted: Wanted) -> Identity:
     return Identity(disksize, wanted.codec or codec(DEFAULT_ALGORITHM), chain_size, rule, uuid.uuid4())
 
 
-def _check(identity: Identity, wanted: Wanted, where: Path | None) -> None:
-    """Refuse kept state that is not what was asked for."""
+def _check(identity: Identity, first_disksize: int, wanted: Wanted, where: Path | None) -> None:
+    """Refuse kept state that is not what was asked for. The size that a device had before it grew may be asked for."""
     remedy = f"ask for the same, or remove {where} to start afresh, or choose another --state or --volatile"
-    if wanted.disksize is not None and round_up_to_page(wanted.disksize) != identity.disksize:
+    sizes = (None, identity.disksize, first_disksize)
+    if (wanted.disksize and round_up_to_page(wanted.disksize)) not in sizes:
         raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
     if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
         raise StateError(f"the device kept in {where} has chain size {identity.chain_size}: {remedy}")

@@ -58,7 +58,7 @@ class _KeptRegions(RegionStore):
     def exists(self, name: str) -> bool:
         return name in self._files
 
-    def open(self, name: str, size: int, *, create: bool) -> Region:
+    def open(self, name: str, size: int, *, create: bool, grow: bool = False) -> Region:
         if create:
             region = super().open(name, size, create=True)
             self._files[name] = os.dup(region.fd)
