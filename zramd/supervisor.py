@@ -81,6 +81,7 @@ class _Supervisor:
         self._pipe = -1
         self._born = 0.0
         self._pause = 0.0
+        self._stopping = False
 
     def fork(self) -> Started | None:
         """Start a server. Return in it what it has to call, and None in the supervisor."""
@@ -117,6 +118,7 @@ class _Supervisor:
                         self._bury(os.waitstatus_to_exitcode(died[1]))
                         return
                 case stop:
+                    self._stopping = True
                     os.kill(self._server, stop)
 
     def _bury(self, status: int) -> None:
@@ -127,14 +129,15 @@ class _Supervisor:
         """
         self._has_served |= os.read(self._pipe, 1) == b"\1"
         os.close(self._pipe)
-        if status == 0 or not self._has_served:
+        if status == 0 or not self._has_served or (self._stopping and status > 0):
             raise SystemExit(status if status >= 0 else 1)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         log.error("the server died (%s); it is started again", how)
         if time.monotonic() - self._born > SHORT_LIFE:
             self._pause = 0.0
             return
-        time.sleep(self._pause)
+        if signal.sigtimedwait(_STOP, self._pause):
+            raise SystemExit(1)
         self._pause = min(2 * self._pause or 0.1, LONGEST_PAUSE)
 
     def _check_program(self) -> None:

@@ -150,6 +150,18 @@ def test_a_program_that_would_not_serve_is_no_upgrade(tmp_path: Path, state: Pat
     assert supervised.stop() == (0, "")
 
 
+def test_a_server_that_cannot_start_any_more_is_tried_until_it_is_to_stop(supervised: Supervised, state: Path) -> None:
+    (state / "page_table").unlink()
+    os.kill(supervised.server, signal.SIGKILL)
+    assert supervised.process.stderr is not None
+    for _ in range(3):
+        assert "the server died" in supervised.process.stderr.readline()
+        assert supervised.process.stderr.readline().startswith("Error: ")
+    supervised.process.terminate()
+    supervised.process.communicate(timeout=30)
+    assert supervised.process.returncode == 1
+
+
 def test_what_cannot_start_is_not_tried_again(tmp_path: Path, state: Path) -> None:
     state.mkdir(mode=0o700)
     (state / "page_table").write_bytes(bytes(PAGE_SIZE))

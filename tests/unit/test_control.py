@@ -3,7 +3,7 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from tests.property.test_device import make_data, read, write
 from zramd.device import codecs
 from zramd.device.disk import BusyError, Disk, UninitialisedError
 from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE
+from zramd.memory import NoMemoryError
 from zramd.status import attributes, control
 from zramd.status.attributes import AttributeRefusedError, Served
 
@@ -26,7 +28,12 @@ class Words:
 
     def __init__(self, directory: Path) -> None:
         self.disk = Disk("zram3", directory)
-        self._served = Served(self.disk, (), Path("/admin"))
+        self.swaps: list[str] = []
+        self.stopped = 0
+        self._served = Served(self.disk, (), Path("/admin"), swaps=lambda: self.swaps, stop=self._stop)
+
+    def _stop(self) -> None:
+        self.stopped += 1
 
     def set(self, *assignments: str) -> None:
         for assignment in assignments:
@@ -302,3 +309,63 @@ def totals(rows: list[str]) -> list[list[int]]:
     """Return the columns of which the Total row has sums, but for those of the groups."""
     fields = [[int(field) for field in row.split()] for row in rows]
     return [[row[column] for row in fields] for column in (13, 14, 15, 17)]
+
+
+def test_stop_is_refused_while_the_machine_swaps_to_the_disk_unless_it_is_forced(words: Words) -> None:
+    words.swaps = ["/dev/nbd3"]
+    words.refuses("stop=1", "EBUSY /dev/nbd3 is swapped to: swapoff")
+    assert words.stopped == 0
+    words.set("stop=force")
+    assert words.stopped == 1
+    words.swaps = []
+    words.set("stop=1")
+    assert words.stopped == 2
+
+
+def test_a_disk_grows_and_keeps_what_it_holds(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zramd.device.disk.RESET_SECONDS", 0.01)
+    words.refuses("grow=8M", "EINVAL zram3 is not")
+    words.set("mem_limit=1M", "disksize=4M")
+    data = make_data("text", 1, PAGE_SIZE)
+    write(words.opened.device, (4 << 20) - PAGE_SIZE, data)
+    uuid = words.opened.device.identity.uuid
+    hung_up = []
+    with pytest.raises(AttributeRefusedError, match="EINVAL the disk has 4194304 bytes"):
+        words.set("grow=4M")
+    words.set("grow=8M")
+    assert words.read("disksize") == f"{8 << 20}\n"
+    assert read(words.opened.device, (4 << 20) - PAGE_SIZE, 2 * PAGE_SIZE) == bytes(data) + bytes(PAGE_SIZE)
+    write(words.opened.device, (8 << 20) - PAGE_SIZE, data)
+    assert words.opened.device.identity.uuid == uuid
+    assert words.read("mem_limit") == f"{1 << 20}\n"
+    with words.disk.connected(lambda: hung_up.append(1)):
+        words.refuses("grow=16M", "EBUSY a client")
+    assert hung_up == [1]
+    assert words.read("disksize") == f"{8 << 20}\n"
+    with words.disk.connected(lambda: None) as opened:
+        assert opened.device.disksize == 8 << 20
+
+
+def test_a_disk_that_cannot_grow_is_as_it_was(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    words.set("disksize=4M")
+    data = make_data("text", 1, PAGE_SIZE)
+    write(words.opened.device, 0, data)
+    with monkeypatch.context() as patched:
+        patched.setattr(Device, "recover", fail_once(Device.recover))
+        words.refuses("grow=8M", "ENOMEM")
+    assert words.read("disksize") == f"{4 << 20}\n"
+    assert read(words.opened.device, 0, PAGE_SIZE) == data
+    words.set("grow=8M")
+    assert read(words.opened.device, 0, PAGE_SIZE) == data
+
+
+def fail_once(recover: Callable[[Device], None]) -> Callable[[Device], None]:
+    failed: list[Device] = []
+
+    def failing(device: Device) -> None:
+        if not failed:
+            failed.append(device)
+            raise NoMemoryError("no room")
+        recover(device)
+
+    return failing
