@@ -21,6 +21,8 @@ from vm_image import debian_disk, initramfs, kernel, make_payload
 PANIC = re.compile(rb"Kernel panic - not syncing: (.*)")
 EXIT = re.compile(rb"^EXIT (\d+)$")
 VERDICT = re.compile(rb"^VERDICT (pass|fail) (.*)$")
+WATCH = b"watch: "
+"""Lines that begin so say how the machine is, not that anything got done."""
 LOOK_SECONDS = 0.2
 DUMP_QUIET_SECONDS, DUMP_SECONDS = 4.0, 90.0
 END_SECONDS = 20.0
@@ -33,7 +35,8 @@ class Guest:
     Attributes:
         version: of the kernel, one of vm_image.KERNELS.
         memory: in MiB.
-        script: run by bash as root, with /guest in PATH; None boots systemd.
+        script: run by bash as root, with /guest in PATH.
+        systemd: whether systemd is the first process; something that it starts has to run the script.
         files: more files for /guest, by their names there.
         append: more words for the kernel's command line.
         limit: seconds until it is ended.
@@ -61,13 +64,14 @@ class Outcome:
     Attributes:
         verdict: what the guest said, "pass" or "fail"; "" if it said nothing.
         end: why it ended, "" if it switched itself off.
+        is_frozen: whether that was because nothing happened any more.
         status: of the script, None if it did not end.
-        userland: seconds until the script began.
     """
 
     verdict: str = ""
     text: str = ""
     end: str = ""
+    is_frozen: bool = False
     status: int | None = None
     seconds: float = 0
     log: Path = Path()
@@ -195,7 +199,8 @@ def run_guest(guest: Guest, log: Path, interrupt: Interrupt, on_line: Callable[[
             if lines is None:
                 break
             for line in lines:
-                heard = machine.seconds
+                if not line.startswith(WATCH):
+                    heard = machine.seconds
                 if found := VERDICT.match(line):
                     outcome.verdict, outcome.text = (part.decode(errors="replace") for part in found.groups())
                 elif found := EXIT.match(line):
@@ -207,7 +212,8 @@ def run_guest(guest: Guest, log: Path, interrupt: Interrupt, on_line: Callable[[
             if machine.seconds > guest.limit:
                 outcome.end = f"not done after {guest.limit:.0f} s"
             elif machine.seconds - heard > guest.silence:
-                outcome.end = f"frozen: silent for {guest.silence:.0f} s"
+                outcome.end = f"nothing got done for {guest.silence:.0f} s"
+                outcome.is_frozen = True
             else:
                 continue
             if outcome.status is None:
