@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -244,7 +245,9 @@ class _Daemon:
         """Return where clients find a disk; the first needs no name."""
         path = "" if name == self._settings.disks[0].name else name
         scheme = "nbds" if self._settings.tls.mode is TlsMode.REQUIRE else "nbd"
-        unix = [f"{scheme}+unix:///{path}?socket={quote(str(address.path))}" for address in self._unix]
+        places = [str(address.path) for address in self._unix]
+        places += [sock.getsockname() for sock in self._activated if sock.family == socket.AF_UNIX]
+        unix = [f"{scheme}+unix:///{path}?socket={quote(place)}" for place in places]
         tcp = [f"{scheme}://{_authority(host, port)}{path and '/' + path}" for host, port in self._settings.tcp]
         return (*unix, *tcp)
 

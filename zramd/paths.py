@@ -10,17 +10,22 @@ from zramd.memory import is_memory_backed
 DEVICE_NAME = "zram0"
 STATUS_SUFFIX = ".status"
 ADMIN_SUFFIX = ".admin"
+SYSTEM = Path("/run/zramd")
+"""Of servers that root started, and, in directories of their own, those that systemd did."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (used only through private_directory)
 
 
 def runtime_directory() -> Path:
-    """Return the directory for sockets: /run/zramd for root, else the user's own.
+    """Return the directory for sockets: that of a systemd unit, /run/zramd for root, else the user's own.
 
     Raises:
         OSError: the user's runtime directory cannot be looked at.
     """
+    unit = os.environ.get("RUNTIME_DIRECTORY")
+    if unit:
+        return Path(unit.partition(":")[0])
     if os.geteuid() == 0:
-        return Path("/run/zramd")
+        return SYSTEM
     given = os.environ.get("XDG_RUNTIME_DIR")
     candidate = Path(given) if given else Path(f"/run/user/{os.geteuid()}")
     return candidate / "zramd" if candidate.is_dir() else _shared_memory_directory()
@@ -68,7 +73,7 @@ def private_directory(path: Path) -> None:
 
 def server_sockets(suffix: str) -> list[Path]:
     """Return the sockets (`.status` or `.admin`) on which a server of this user, or of the system, may answer."""
-    directories = dict.fromkeys((runtime_directory(), Path("/run/zramd")))
+    directories = dict.fromkeys((runtime_directory(), SYSTEM, *sorted(SYSTEM.glob("*/"))))
     return [path for directory in directories for path in sorted(directory.glob(f"*{suffix}"))]
 
 
