@@ -33,6 +33,7 @@ NO_ENGINE = {
     *(
         "test_example_config",
         "test_handshake",
+        "test_identity",
         "test_log",
         "test_memory",
         "test_native",

@@ -19,8 +19,8 @@ from typing import Any, NoReturn, TypeVar
 from zramd.device.codecs import parse_codec
 from zramd.device.opening import Wanted
 from zramd.nbd.access import Access
+from zramd.nbd.identity import MAX_DESCRIPTION, UUID_LENGTH
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
-from zramd.nbd.protocol import MAX_STRING
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.settings import DESCRIPTION, DiskSettings, Settings, UnixAddress
@@ -184,7 +184,7 @@ def _limits(table: Table) -> Limits:
         handshake_seconds=table.take("handshake-seconds", _number(1, 3600), default.handshake_seconds),
         option=table.take("option-size", _size(4096, MAX_LIMIT), default.option),
         options=table.take("options", _number(4, 1 << 20), default.options),
-        name=table.take("name-length", _number(1, default.name), default.name),
+        name=table.take("name-length", _number(UUID_LENGTH, default.name), default.name),
         payload=table.take("payload", _size(MIN_PAYLOAD, MAX_LIMIT), default.payload),
         connections=table.take("connections", _number(1, 1 << 16), default.connections),
         handshakes=table.take("handshakes", _number(1, 1 << 16), default.handshakes),
@@ -289,8 +289,8 @@ def _path(value: Any) -> Path:
 
 def _description(value: Any) -> str:
     text = _string(value)
-    if "\0" in text or len(text.encode()) > MAX_STRING:
-        raise ValueError(f"a description has no NUL and at most {MAX_STRING} bytes")
+    if "\0" in text or len(text.encode()) > MAX_DESCRIPTION:
+        raise ValueError(f"a description has no NUL and at most {MAX_DESCRIPTION} bytes")
     return text
 
 

@@ -112,9 +112,10 @@ class World:
     def _shadows(self) -> list[Shadow]:
         empty = range(SIZE // 4 // PAGE_SIZE, (SIZE // 4 + SIZE // 8) // PAGE_SIZE)
         filled = set(range(SIZE // PAGE_SIZE)) - set(empty)
+        disk, fixed = (str(opened.device.identity.uuid).encode() for opened in self._opened)
         return [
-            Shadow(b"disk", b"a disk", bytearray(SIZE)),
-            Shadow(b"fixed", b"", bytearray(self._fixed), read_only=True, allocated=filled),
+            Shadow(b"disk", b"a disk, UUID " + disk, bytearray(SIZE)),
+            Shadow(b"fixed", b"UUID " + fixed, bytearray(self._fixed), read_only=True, allocated=filled),
             Shadow(b"none", b"n", None),
         ]
 

@@ -1,4 +1,5 @@
 import errno
+import json
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,7 +39,8 @@ def test_size_block_sizes_and_description_are_advertised(server: ServerProcess) 
     assert handle.get_block_size(nbd.SIZE_PREFERRED) == PAGE
     assert handle.get_block_size(nbd.SIZE_MAXIMUM) == 64 << 20
     assert handle.get_canonical_export_name() == "zram0"
-    assert handle.get_export_description()
+    uuid = json.loads(server.ask("json"))["uuid"]
+    assert handle.get_export_description() == f"zramd compressed memory, UUID {uuid}"
     handle.shutdown()
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import pwd
 import re
+import uuid
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ certificate-names = ["build1.example", "Ann"]
 handshake-seconds = 3600
 option-size = "4K"
 options = 4
-name-length = 1
+name-length = 36
 payload = 1048576
 connections = 65536
 handshakes = 1
@@ -131,7 +132,7 @@ def test_every_key_is_read(path: Path, tmp_path: Path) -> None:
         public=True,
         tls=TlsSettings(TlsMode.REQUIRE, Path("/etc/zramd/tls")),
         access=Access(frozenset([0, 1000]), frozenset([0]), frozenset(["build1.example", "Ann"])),
-        limits=Limits(3600, 4096, 4, 1, 1 << 20, 65536, 1, 512 << 10),
+        limits=Limits(3600, 4096, 4, 36, 1 << 20, 65536, 1, 512 << 10),
     )
 
 
@@ -219,7 +220,7 @@ LIMITS = {
     "handshake-seconds": ("handshake_seconds", 1, 3600),
     "option-size": ("option", 4096, 1 << 30),
     "options": ("options", 4, 1 << 20),
-    "name-length": ("name", 1, 4096),
+    "name-length": ("name", 36, 4096),
     "payload": ("payload", 1 << 20, 1 << 30),
     "connections": ("connections", 1, 65536),
     "handshakes": ("handshakes", 1, 65536),
@@ -430,9 +431,14 @@ def test_what_the_system_cannot_name_is_refused_in_a_disk(path: Path, line: str)
     assert refuse(path, f"[zram0]\n{line}\n").startswith(":2: [zram0] ")
 
 
-@pytest.mark.parametrize("text", ['"a\\u0000b"', '"' + "ü" * 2049 + '"'])
+@pytest.mark.parametrize("text", ['"a\\u0000b"', '"' + "ü" * 2027 + '"'])
 def test_a_description_that_the_protocol_cannot_carry_is_refused(path: Path, text: str) -> None:
     assert refuse(path, f"[zram0]\ndescription = {text}\n").startswith(":2: [zram0] description: ")
+
+
+def test_a_description_leaves_room_for_a_uuid(path: Path) -> None:
+    (disk,) = parse(path, f"[zram0]\ndescription = '{'ü' * 2026}'\n").disks
+    assert len(f"{disk.description}, UUID {uuid.uuid4()}".encode()) <= 4096
 
 
 def test_a_file_that_is_missing_is_named(path: Path) -> None:

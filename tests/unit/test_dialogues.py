@@ -6,7 +6,9 @@ import struct
 import threading
 import time
 import tracemalloc
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,7 @@ from zramd.nbd.server import Server
 PAGE = 4096
 KIB, MIB = 1 << 10, 1 << 20
 SMALL_SIZE = 16 * PAGE
+UUID = b"0f3c9a52-6d1b-4f0e-9c55-3a1f6f2f7a10"
 TEXT = bytes(make_data("text", 1, 64 * KIB))
 RAW = bytes(make_data("random", 2, 4 * MIB))
 
@@ -84,6 +87,7 @@ def small() -> Iterator[OpenDevice]:
 
 
 def exports_of(opened: OpenDevice) -> Exports:
+    opened.device.identity = replace(opened.device.identity, uuid=uuid.UUID(UUID.decode()))
     disk = Disk("disk", None)
     disk.opened = opened
     return Exports([Export("disk", "a disk", disk), Export("locked", "", disk, read_only=True)])
@@ -192,8 +196,8 @@ DIALOGUES: dict[str, tuple[Dialect, list[tuple[bytes, bytes]], list[tuple[bytes,
         [
             (
                 option(LIST),
-                option_reply(LIST, SERVER, b"\0\0\0\4diska disk")
-                + option_reply(LIST, SERVER, b"\0\0\0\6locked")
+                option_reply(LIST, SERVER, b"\0\0\0\4diska disk, UUID " + UUID)
+                + option_reply(LIST, SERVER, b"\0\0\0\6locked" + b"UUID " + UUID)
                 + option_reply(LIST, ACK),
             ),
             (option(STARTTLS), option_reply(STARTTLS, ERR_POLICY)),

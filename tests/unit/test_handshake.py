@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,9 @@ from tests.nbd_bytes import (
     request,
 )
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice
+from zramd.device.opening import OpenDevice, Wanted
 from zramd.listeners import listen_unix
+from zramd.memory import RegionStore
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.handshake import Handshake
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
@@ -59,6 +60,11 @@ def exports(opened: OpenDevice) -> Exports:
     disk = Disk("disk", None)
     disk.opened = opened
     return Exports([Export("disk", "a disk in memory", disk), Export("zwölf", "", disk)])
+
+
+@pytest.fixture
+def uuid(opened: OpenDevice) -> bytes:
+    return str(opened.device.identity.uuid).encode()
 
 
 def shake_hands(sock: socket.socket, exports: Exports) -> Export | None:
@@ -151,6 +157,37 @@ def test_an_export_is_found_by_name_and_the_first_by_the_empty_name(
     assert outcome is exports.find(found)
 
 
+@pytest.mark.parametrize("kind", [EXPORT_NAME, GO])
+def test_an_export_is_found_by_the_uuid_of_its_device(exports: Exports, uuid: bytes, kind: int) -> None:
+    data = uuid if kind == EXPORT_NAME else info_request(uuid)
+    _, outcome = negotiate(exports, client_flags() + option(kind, data))
+    assert outcome is exports.find("disk")
+
+
+@pytest.mark.parametrize("change", [bytes.upper, lambda uuid: uuid.replace(b"-", b""), lambda uuid: uuid[::-1]])
+def test_another_uuid_names_no_export(exports: Exports, uuid: bytes, change: Callable[[bytes], bytes]) -> None:
+    sent, outcome = negotiate(exports, client_flags() + option(GO, info_request(change(uuid))) + option(ABORT))
+    assert parse_option_replies(sent[len(GREETING) :])[0][:2] == (GO, ERR_UNKNOWN)
+    assert outcome is None
+
+
+def test_a_disk_without_a_size_has_no_uuid() -> None:
+    export = Export("zram0", "text", Disk("zram0", None))
+    sent, _ = negotiate(Exports([export]), client_flags() + option(LIST) + option(ABORT))
+    assert sent == GREETING + option_reply(LIST, SERVER, b"\0\0\0\5zram0text") + option_reply(LIST, ACK) + GOODBYE
+
+
+@pytest.mark.parametrize("kind", [EXPORT_NAME, GO])
+def test_a_disk_that_is_made_anew_while_it_is_asked_for_by_uuid_is_not_given(
+    exports: Exports, uuid: bytes, kind: int
+) -> None:
+    data = uuid if kind == EXPORT_NAME else info_request(uuid)
+    anew = OpenDevice(RegionStore(None), Wanted(disksize=1 << 20))
+    with contextlib.closing(anew), Peer(lambda sock: Handshake(sock, exports, lambda _: anew).run()) as peer:
+        assert exchange(peer.client, client_flags() + option(kind, data)) == GREETING
+        assert isinstance(peer.join(), SessionError)
+
+
 @pytest.mark.parametrize(
     "name", [b"other", b"disk ", b"DISK", b"x" * 4096, b"x" * 4097, b"x" * 100_000], ids=lambda name: str(len(name))
 )
@@ -167,12 +204,12 @@ def test_export_name_that_is_no_text_ends_the_session_and_is_no_defect(exports: 
     assert isinstance(outcome, SessionError)
 
 
-def test_list_gives_every_export_with_its_description(exports: Exports) -> None:
+def test_list_gives_every_export_with_its_description(exports: Exports, uuid: bytes) -> None:
     sent, outcome = negotiate(exports, client_flags() + option(LIST) + option(ABORT))
     assert sent == (
         GREETING
-        + option_reply(LIST, SERVER, b"\0\0\0\4disk" + b"a disk in memory")
-        + option_reply(LIST, SERVER, b"\0\0\0\6" + "zwölf".encode())
+        + option_reply(LIST, SERVER, b"\0\0\0\4disk" + b"a disk in memory, UUID " + uuid)
+        + option_reply(LIST, SERVER, b"\0\0\0\6" + "zwölf".encode() + b"UUID " + uuid)
         + option_reply(LIST, ACK)
         + GOODBYE
     )
@@ -199,16 +236,17 @@ def test_info_then_go_say_the_same_and_only_go_ends_the_handshake(exports: Expor
     [
         ((), ()),
         ((NAME,), (b"\0\1disk",)),
-        ((DESCRIPTION,), (b"\0\2a disk in memory",)),
+        ((DESCRIPTION,), (b"\0\2a disk in memory, UUID ",)),
         ((BLOCK_SIZE,), ()),
-        ((NAME, DESCRIPTION, BLOCK_SIZE), (b"\0\1disk", b"\0\2a disk in memory")),
-        ((DESCRIPTION, NAME, NAME, 0, 0xFFFF, 4711), (b"\0\1disk", b"\0\2a disk in memory")),
+        ((NAME, DESCRIPTION, BLOCK_SIZE), (b"\0\1disk", b"\0\2a disk in memory, UUID ")),
+        ((DESCRIPTION, NAME, NAME, 0, 0xFFFF, 4711), (b"\0\1disk", b"\0\2a disk in memory, UUID ")),
     ],
     ids=str,
 )
 def test_info_gives_the_types_asked_for_and_ignores_unknown_ones(
-    exports: Exports, types: tuple[int, ...], wanted: tuple[bytes, ...]
+    exports: Exports, uuid: bytes, types: tuple[int, ...], wanted: tuple[bytes, ...]
 ) -> None:
+    wanted = tuple(info + uuid if info.endswith(b"UUID ") else info for info in wanted)
     sent, _ = negotiate(exports, client_flags() + option(INFO, info_request(b"disk", *types)) + option(ABORT))
     assert sent == GREETING + information(INFO, *wanted) + GOODBYE
 
@@ -320,9 +358,9 @@ DIALOGUE = (
 )
 
 
-def test_a_handshake_split_at_any_byte_gives_the_same_bytes(exports: Exports) -> None:
+def test_a_handshake_split_at_any_byte_gives_the_same_bytes(exports: Exports, uuid: bytes) -> None:
     whole, _ = negotiate(exports, DIALOGUE)
-    assert whole.endswith(information(GO, b"\0\2a disk in memory"))
+    assert whole.endswith(information(GO, b"\0\2a disk in memory, UUID " + uuid))
     for split in range(1, len(DIALOGUE)):
         sent, outcome = negotiate(exports, DIALOGUE[:split], DIALOGUE[split:])
         assert sent == whole, f"split at {split}"

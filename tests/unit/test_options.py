@@ -1,7 +1,9 @@
 import itertools
 import socket
 import struct
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +62,7 @@ NAME, DESCRIPTION, BLOCK_SIZE = 1, 2, 3
 
 ALLOCATION, STATE = (1, b"base:allocation"), (2, b"zramd:state")
 GOODBYE = option_reply(ABORT, ACK)
+UUID = b"0f3c9a52-6d1b-4f0e-9c55-3a1f6f2f7a10"
 
 Secure = Callable[[socket.socket, float], socket.socket]
 
@@ -67,6 +70,7 @@ Secure = Callable[[socket.socket, float], socket.socket]
 @pytest.fixture
 def exports(opened: OpenDevice) -> Exports:
     """Return two exports of one device, the second of which is read-only; the first is the default."""
+    opened.device.identity = replace(opened.device.identity, uuid=uuid.UUID(UUID.decode()))
     disk = Disk("disk", None)
     disk.opened = opened
     return Exports([Export("disk", "a disk", disk), Export("locked", "", disk, read_only=True)])
@@ -138,8 +142,8 @@ EXTENDED = option(EXTENDED_HEADERS)
 BOTH = set_contexts(b"disk", b"base:allocation", b"zramd:state")
 STRUCTURED_ACK, EXTENDED_ACK = option_reply(STRUCTURED_REPLY, ACK), option_reply(EXTENDED_HEADERS, ACK)
 LISTED = (
-    option_reply(LIST, SERVER, b"\0\0\0\4disk" + b"a disk")
-    + option_reply(LIST, SERVER, b"\0\0\0\6locked")
+    option_reply(LIST, SERVER, b"\0\0\0\4disk" + b"a disk, UUID " + UUID)
+    + option_reply(LIST, SERVER, b"\0\0\0\6locked" + b"UUID " + UUID)
     + option_reply(LIST, ACK)
 )
 

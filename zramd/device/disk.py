@@ -115,17 +115,14 @@ class Disk:
         Raises:
             UninitialisedError: there is no pool.
         """
-        return self._require_opened().device.class_stats()
+        return self.require_opened().device.class_stats()
 
-    def require_disksize(self) -> int:
-        """Return the disk's bytes.
+    def require_opened(self) -> OpenDevice:
+        """Return the device and its regions.
 
         Raises:
-            UninitialisedError: it has none.
+            UninitialisedError: there is none.
         """
-        return self._require_opened().device.disksize
-
-    def _require_opened(self) -> OpenDevice:
         opened = self.opened
         if opened is None:
             raise UninitialisedError(f"{self.name} is not initialised: set its disksize first")
@@ -143,7 +140,7 @@ class Disk:
             UninitialisedError: the disk has no size yet, or is just being reset.
         """
         with self._changed:
-            opened = self._require_opened()
+            opened = self.require_opened()
             if self._resetting:
                 raise UninitialisedError(f"{self.name} is being reset")
             self._clients.append(hang_up)
@@ -221,7 +218,7 @@ class Disk:
         Raises:
             UninitialisedError: there is no pool.
         """
-        self._require_opened().device.compact()
+        self.require_opened().device.compact()
 
     def grow(self, disksize: int) -> None:
         """Make the disk larger: `disksize` bytes, rounded up to pages.
@@ -236,7 +233,7 @@ class Disk:
             StateError, NoMemoryError, RegionError, OSError: as OpenDevice; the disk is as it was.
         """
         with self._control:
-            opened = self._require_opened()
+            opened = self.require_opened()
             if self._directory is None:
                 raise ValueError("a volatile disk cannot grow: nothing of it is kept")
             opened.require_growth(disksize)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zramd.device.disk import Disk
+from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
+from zramd.nbd.identity import add_uuid, is_uuid
 from zramd.nbd.protocol import TransmissionFlag
 from zramd.nbd.terms import Mode, Terms
 
@@ -15,12 +17,25 @@ PREFERRED_BLOCK = PAGE_SIZE
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A disk that clients find under `name`, and may not change if it is `read_only`."""
+    """A disk that clients find under `name`, and may not change if it is `read_only`.
+
+    While the disk has a size, its UUID is a name of the export too.
+    """
 
     name: str
     description: str
     disk: Disk
     read_only: bool = False
+
+    @property
+    def uuid(self) -> str | None:
+        """The UUID of the disk, None while it has no size."""
+        opened = self.disk.opened
+        return uuid_of(opened) if opened else None
+
+    def describe(self, opened: OpenDevice | None) -> str:
+        """Return what clients read about the export while it has this device."""
+        return add_uuid(self.description, uuid_of(opened)) if opened else self.description
 
     def flags(self, terms: Terms) -> TransmissionFlag:
         """Return the transmission flags on these terms.
@@ -57,5 +72,12 @@ class Exports:
         return iter(self._exports.values())
 
     def find(self, name: str) -> Export | None:
-        """Return the export of a name, or None."""
+        """Return the export of a name, or of a device's UUID, or None."""
+        if is_uuid(name):
+            return next((export for export in self if name == export.uuid), None)
         return self._default if name == "" else self._exports.get(name)
+
+
+def uuid_of(opened: OpenDevice) -> str:
+    """Return the UUID of a device, in lower case."""
+    return str(opened.device.identity.uuid)

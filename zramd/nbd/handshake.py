@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from zramd.device.disk import UninitialisedError
 from zramd.device.opening import OpenDevice
 from zramd.nbd.block_status import CONTEXT_NAMES, Context, find_contexts
-from zramd.nbd.export import MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports
+from zramd.nbd.export import MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports, uuid_of
+from zramd.nbd.identity import is_uuid
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.options import RefusedError, decode, parse_info, parse_meta_context, require_empty
 from zramd.nbd.protocol import (
@@ -184,8 +185,9 @@ class Handshake:
         if self._mode is Mode.EXTENDED:
             raise SessionError("EXPORT_NAME after EXTENDED_HEADERS")
         try:
-            export = self._find(decode(data, self._limits.name))
-            opened = self._connect(export)
+            name = decode(data, self._limits.name)
+            export = self._find(name)
+            opened = self._claim(export, name)
         except (RefusedError, UninitialisedError) as error:
             raise SessionError(str(error)) from error
         terms = self._terms(export)
@@ -199,6 +201,14 @@ class Handshake:
             raise RefusedError(OptionReply.ERR_UNKNOWN, "no such export")
         return export
 
+    def _claim(self, export: Export, name: str) -> OpenDevice:
+        """Connect to the export that was found under a name."""
+        opened = self._connect(export)
+        # Until it is claimed, the disk may be reset and made anew.
+        if is_uuid(name) and name != uuid_of(opened):
+            raise SessionError("the export got another device while it was asked for")
+        return opened
+
     def _terms(self, export: Export) -> Terms:
         """Return the terms for an export: contexts count only for the one that they were chosen for."""
         contexts = self._contexts if self._contexts_of is export else ()
@@ -207,7 +217,7 @@ class Handshake:
     def _list(self, data: bytes) -> None:
         require_empty(data)
         for export in self._exports:
-            name, description = export.name.encode(), export.description.encode()
+            name, description = export.name.encode(), export.describe(export.disk.opened).encode()
             self._reply(Option.LIST, OptionReply.SERVER, U32.pack(len(name)) + name + description)
         self._reply(Option.LIST, OptionReply.ACK)
 
@@ -259,19 +269,15 @@ class Handshake:
         name, wanted = parse_info(data, self._limits.name)
         export = self._find(name)
         terms = self._terms(export)
-        session = None
-        if option is Option.GO:
-            session = Session(self._sock, self._connect(export), terms)
-            disksize = session.opened.device.disksize
-        else:
-            disksize = export.disk.require_disksize()
+        opened = self._claim(export, name) if option is Option.GO else export.disk.require_opened()
+        disksize = opened.device.disksize
         self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, disksize, export.flags(terms)))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted:
-            self._reply(option, OptionReply.INFO, U16.pack(Info.DESCRIPTION) + export.description.encode())
+            self._reply(option, OptionReply.INFO, U16.pack(Info.DESCRIPTION) + export.describe(opened).encode())
         # Always, as nbdkit does: a client that did not ask may still profit from it.
         sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, self._limits.payload)
         self._reply(option, OptionReply.INFO, sizes)
         self._reply(option, OptionReply.ACK)
-        return session
+        return Session(self._sock, opened, terms) if option is Option.GO else None
