@@ -29,6 +29,7 @@ from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
+from zramd.log import logging_aside
 from zramd.memory import NoMemoryError, RegionError, is_memory_backed
 from zramd.native import Engine, choose
 from zramd.nbd.export import Export, Exports
@@ -78,6 +79,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
         check(settings)
         started = supervise() if settings.swap else _nobody_waits
         with ExitStack() as sockets:
+            if settings.swap:
+                sockets.enter_context(logging_aside())
             daemon = _Daemon(settings, sockets)
             for line in daemon.introduction():
                 announce(line)

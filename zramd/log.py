@@ -3,6 +3,10 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import QueueHandler, QueueListener
+from queue import Full, Queue
 
 PERIOD_SECONDS = 60.0
 MAX_LINES = 50
@@ -29,6 +33,37 @@ class Throttle(logging.Filter):
             self._start, self._lines = now, 0
         self._lines += 1
         return self._lines <= MAX_LINES
+
+
+MAX_WAITING = 1000
+"""Lines that nobody takes off standard error; more are dropped."""
+
+
+class _Dropping(QueueHandler):
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            return
+
+
+@contextmanager
+def logging_aside() -> Iterator[None]:
+    """Have what is logged written by a thread of its own while this lasts.
+
+    Who reads the log, such as journald, may be waiting for memory that only the threads that log can free.
+    """
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    waiting: Queue[logging.LogRecord] = Queue(MAX_WAITING)
+    listener = QueueListener(waiting, *handlers)
+    listener.start()
+    root.handlers[:] = [_Dropping(waiting)]
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        listener.stop()
 
 
 def start_log() -> None:
