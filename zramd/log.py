@@ -4,9 +4,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from logging.handlers import QueueHandler, QueueListener
+from contextlib import contextmanager, suppress
+from logging.handlers import QueueHandler
 from queue import Full, Queue
+from threading import Thread
 
 PERIOD_SECONDS = 60.0
 MAX_LINES = 50
@@ -39,12 +40,14 @@ MAX_WAITING = 1000
 """Lines that nobody takes off standard error; more are dropped."""
 
 
+END_SECONDS = 1.0
+"""For the lines that wait at the end."""
+
+
 class _Dropping(QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
+        with suppress(Full):
             self.queue.put_nowait(record)
-        except Full:
-            return
 
 
 @contextmanager
@@ -55,15 +58,23 @@ def logging_aside() -> Iterator[None]:
     """
     root = logging.getLogger()
     handlers = root.handlers[:]
-    waiting: Queue[logging.LogRecord] = Queue(MAX_WAITING)
-    listener = QueueListener(waiting, *handlers)
-    listener.start()
+    waiting: Queue[logging.LogRecord | None] = Queue(MAX_WAITING)
+
+    def write() -> None:
+        while record := waiting.get():
+            for handler in handlers:
+                handler.handle(record)
+
+    thread = Thread(target=write, name="log", daemon=True)
+    thread.start()
     root.handlers[:] = [_Dropping(waiting)]
     try:
         yield
     finally:
         root.handlers[:] = handlers
-        listener.stop()
+        with suppress(Full):
+            waiting.put(None, timeout=END_SECONDS)
+            thread.join(END_SECONDS)
 
 
 def start_log() -> None:
