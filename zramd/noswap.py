@@ -18,6 +18,9 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 OPTIONS = "noswap,mode=0700,size=100%"
 """Of the mount: as much as there is memory; the disk has a limit of its own."""
 
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -54,9 +57,9 @@ def _mount_options(directory: Path) -> list[str]:
 
 def _may_swap() -> bool:
     """Say whether the cgroup (version 2) of this process, and all above it, let it be swapped out."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in OWN_CGROUP.read_text().splitlines():
         if line.startswith("0::"):
-            group = Path("/sys/fs/cgroup") / line.removeprefix("0::/")
+            group = CGROUPS / line.removeprefix("0::/")
             for level in (group, *group.parents):
                 try:
                     if (level / "memory.swap.max").read_text().strip() == "0":

@@ -12,7 +12,9 @@ _VERBS = {
     "stat": "zramd.cli.stat:stat",
     "set": "zramd.cli.control:set_attributes",
     "compact": "zramd.cli.control:compact",
+    "grow": "zramd.cli.control:grow",
     "reset": "zramd.cli.control:reset",
+    "stop": "zramd.cli.control:stop",
     "version": "zramd.cli.version:version",
 }
 

@@ -1,14 +1,14 @@
-"""`zramd set`, `compact` and `reset`: what can be changed in a running server."""
+"""`zramd set`, `compact`, `grow`, `reset` and `stop`: what can be changed in a running server."""
 
 from pathlib import Path
 
 import click
 
-from zramd.cli.options import admin_option
+from zramd.cli.options import Parsed, admin_option
 from zramd.cli.stat import disk_socket, request
 from zramd.layout import PAGE_SIZE
 from zramd.paths import ADMIN_SUFFIX
-from zramd.sizes import format_size
+from zramd.sizes import format_size, parse_size
 
 
 @click.command("set")
@@ -69,6 +69,37 @@ def compact(socket: Path | None) -> None:
 
 def _pages_compacted(path: Path) -> int:
     return int(request(path, "mm_stat").split()[6])
+
+
+@click.command()
+@click.argument("size", type=Parsed("size", parse_size))
+@admin_option
+def grow(size: int, socket: Path | None) -> None:
+    """Make the disk larger, to SIZE, while it is used.
+
+    Clients are disconnected and connect again; a device of `zramd attach` has the new size a moment later. What is on
+    it has to be told: resize2fs for ext4; a swap area keeps its size until mkswap.
+
+    \b
+    Example:
+      zramd grow 8G
+    """
+    request(disk_socket(socket, ADMIN_SUFFIX), f"grow {size}", None)
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Even while the machine swaps to a disk. What is swapped out is lost.")
+@admin_option
+def stop(force: bool, socket: Path | None) -> None:
+    """End the server. What its disks hold is kept, if it is kept at all: see `zramd serve --help`.
+
+    Refused while the machine swaps to the disk; SIGTERM is carried out once it does not any more.
+
+    \b
+    Example:
+      zramd swapoff && zramd stop
+    """
+    request(disk_socket(socket, ADMIN_SUFFIX), "stop force" if force else "stop 1", None)
 
 
 @click.command()
