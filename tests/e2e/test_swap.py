@@ -235,6 +235,29 @@ def test_locked_memory_follows_what_is_stored(supervised: Supervised) -> None:
     wait_for(lambda: resident(supervised.server) < empty + (8 << 20))
 
 
+def faults(pid: int) -> dict[str, int]:
+    """Return the page faults of each thread."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {task.name: int((task / "stat").read_text().rpartition(")")[2].split()[7]) for task in tasks}
+
+
+def test_the_thread_that_serves_writes_takes_no_page_fault_while_the_pool_grows(supervised: Supervised) -> None:
+    if json.loads(supervised.ask("json"))["measures"]["memory lock"]:
+        pytest.skip("memory cannot be locked here: run the tests as root")
+    idle = set(faults(supervised.server))
+    with connect(supervised.unix) as sock:
+        before: dict[str, int] = {}
+        for page in range(4096):
+            sock.sendall(SIMPLE.write(page, page * PAGE_SIZE, os.urandom(2048).ljust(PAGE_SIZE, b"x")))
+            assert receive(sock, REPLY_BYTES) == reply(page)
+            if page == 16:
+                before = faults(supervised.server)
+        after = faults(supervised.server)
+    (serving,) = set(after) - idle
+    assert after[serving] == before[serving]
+    assert sum(after.values()) - sum(before.values()) > 2000
+
+
 def test_a_disk_grows_under_its_clients(supervised: Supervised) -> None:
     data = os.urandom(PAGE_SIZE)
     supervised.write(3, data)
