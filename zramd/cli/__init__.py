@@ -15,6 +15,7 @@ _VERBS = {
     "grow": "zramd.cli.control:grow",
     "reset": "zramd.cli.control:reset",
     "stop": "zramd.cli.control:stop",
+    "doctor": "zramd.cli.doctor:doctor",
     "version": "zramd.cli.version:version",
 }
 
