@@ -63,12 +63,16 @@ def supervise() -> Started:
 
 def _relieve(server: int) -> None:
     """End a server whose place is taken by another."""
-    os.kill(server, HAND_OVER)
     deadline = time.monotonic() + HAND_OVER_SECONDS
-    while os.waitpid(server, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(server, signal.SIGKILL)
-        signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+    wanted = HAND_OVER
+    try:
+        while os.waitpid(server, os.WNOHANG) == (0, 0):
+            os.kill(server, wanted)
+            if time.monotonic() > deadline:
+                wanted = signal.SIGKILL
+            signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+    except ChildProcessError:
+        log.warning("%s in the environment is no server of this process", SERVER)
 
 
 class _Supervisor:

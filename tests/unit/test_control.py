@@ -359,6 +359,20 @@ def test_a_disk_that_cannot_grow_is_as_it_was(words: Words, monkeypatch: pytest.
     assert read(words.opened.device, 0, PAGE_SIZE) == data
 
 
+def test_a_growth_that_was_cut_short_leaves_the_disk_as_it_was(words: Words, tmp_path: Path) -> None:
+    words.set("disksize=4M")
+    data = make_data("text", 1, PAGE_SIZE)
+    write(words.opened.device, 0, data)
+    words.opened.close()
+    for region in (tmp_path / "state").iterdir():
+        if region.name != "superblock":
+            os.truncate(region, 2 * region.stat().st_size)
+    words.disk.open(Wanted(4 << 20))
+    assert read(words.opened.device, 0, PAGE_SIZE) == data
+    words.set("grow=16M")
+    assert read(words.opened.device, 0, PAGE_SIZE) == data
+
+
 def fail_once(recover: Callable[[Device], None]) -> Callable[[Device], None]:
     failed: list[Device] = []
 
