@@ -74,7 +74,7 @@ def _swapping(server: str, hog: str, limit: str = "", kills: int = 0, protected:
 
 
 BOTH = tuple(KERNELS)
-SMALL, LARGE = "128 3 1", "330 3 1"
+SMALL, LARGE = "128 3 1", "330 2 1"
 """Hogs: for a cgroup of 64 MiB, and for the 420 MiB of a whole machine."""
 _SWAPPING = (
     Scenario(
