@@ -54,6 +54,7 @@ cdef class Device:
         cdef uint64_t limit = self.superblock[Z_SUPERBLOCK_MEM_LIMIT]
         cdef uint64_t highest = max(used, self.superblock[Z_SUPERBLOCK_MEM_USED_MAX])
         self.superblock[Z_SUPERBLOCK_MEM_USED_MAX] = highest
+        step("mark-raised")
         self.record[Z_DEVICE_RECORD_NOTED_PAGES] = min(highest, limit) if limit else highest
         if limit and used > limit:
             self.pool.free(handle)
@@ -85,6 +86,7 @@ cdef class Device:
                         if not self._make_ready(True, index >> Z_TABLE_CHUNK_SHIFT, index >> Z_TABLE_CHUNK_SHIFT):
                             return False
                     self.elements[index] = pages.pattern
+                    step("element-stored")
                     entry |= Z_ENTRY_HAS_ELEMENT
                 self.record[Z_DEVICE_RECORD_SAME_PAGES] += 1
             else:
@@ -92,6 +94,7 @@ cdef class Device:
                 if not handle:
                     return False
                 memcpy(payload, pages.data, pages.length)
+                step("payload-copied")
                 if self.pool.record[Z_POOL_RECORD_PAGES] > self.record[Z_DEVICE_RECORD_NOTED_PAGES]:
                     if not self._note_use(handle):
                         return False
@@ -105,6 +108,7 @@ cdef class Device:
                 self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] += pages.length
             old = self.table[index]
             store_entry(&self.table[index], entry)
+            step("entry-stored")
             if old:
                 self._release(old)
             else:
@@ -163,6 +167,7 @@ cdef class Device:
             entry = self.table[index]
             if entry:
                 store_entry(&self.table[index], 0)
+                step("entry-cleared")
                 self._release(entry)
                 self.record[Z_DEVICE_RECORD_PAGES_STORED] -= 1
             index += 1

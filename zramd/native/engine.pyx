@@ -19,6 +19,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset, strerror, strlen
 from zramd.device.codecs import CodecError
 from zramd.memory import NoMemoryError
 
+include "steps.pxi"
 include "memory.pxi"
 include "codecs.pxi"
 include "pool.pxi"

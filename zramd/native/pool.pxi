@@ -209,8 +209,10 @@ cdef class Pool:
             if handle == self.record[Z_POOL_RECORD_LOW_HANDLE]:
                 eventfd_write(<int>self.record[Z_POOL_RECORD_WAKE], 1)
         self.handles[handle] = number << Z_HANDLE_ZSPAGE_SHIFT | index << Z_HANDLE_INDEX_SHIFT | state.word
+        step("handle-stored")
         if state.size != Z_PAGE_SIZE:
             (<uint64_t *>start)[0] = handle << 1 | Z_HEADER_IN_USE
+            step("header-stored")
             start += Z_WORD
         payload[0] = start
         return handle
@@ -241,6 +243,7 @@ cdef class Pool:
         state.record[Z_CLASS_RECORD_LIVE] -= 1
         if zspage.used:
             (<uint64_t *>(state.memory + number * state.span + index * state.size))[0] = <uint64_t>zspage.free << 1
+            step("object-freed")
             zspage.free = <uint16_t>(index + 1)
             after = state.group_of[zspage.used]
             if after != before:
@@ -253,6 +256,8 @@ cdef class Pool:
             state.arena.record[Z_ARENA_RECORD_POPULATED] += 1
             if state.arena.record[Z_ARENA_RECORD_POPULATED] > state.arena.record[Z_ARENA_RECORD_RESERVE]:
                 self._shrink(state)
+            step("zspage-freed")
             self.record[Z_POOL_RECORD_PAGES] -= state.pages
         self.handles[handle] = self.record[Z_POOL_RECORD_FREE_HANDLE] << 1
+        step("handle-freed")
         self.record[Z_POOL_RECORD_FREE_HANDLE] = handle

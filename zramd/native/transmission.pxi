@@ -151,6 +151,7 @@ cdef class Loop:
                     self.start = begin
                 if outcome != MORE:
                     return outcome
+                step("applied")
                 self.answer()
             if self.replies.size:
                 outcome = self.send_replies()

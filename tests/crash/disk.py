@@ -1,0 +1,186 @@
+"""A disk whose server is killed again and again, and what must hold after each time."""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from tests.crash.client import PAUSE_SECONDS, Client
+from tests.crash.servers import SECONDS, Server, Starter
+from tests.crash.steps import Phase, Step
+from tests.property.test_device import read, recount, write
+from tests.property.test_pool import check_invariants
+from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.zram import Device
+from zramd.layout import (
+    ENTRY_HANDLE_MASK,
+    ENTRY_SIZE_MASK,
+    ENTRY_SIZE_SHIFT,
+    HANDLE_IN_USE,
+    PAGE_SIZE,
+    PoolRecord,
+)
+from zramd.memory import RegionStore
+from zramd.status.client import StatusError, ask
+
+PAGES = 1024
+SIZE = PAGES * PAGE_SIZE
+
+
+class KilledDisk:
+    """A disk kept in `directory`, with two clients. It lives and is verified in turns.
+
+    `answered` counts the requests of both clients, `compacted` the pages that compaction has freed.
+    """
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self._directory = directory
+        self._state = directory / "state"
+        self._clients = [Client(seed, first, PAGES // 2) for first in (0, PAGES // 2)]
+        self._filler = random.Random(seed).randbytes(SIZE)
+        self.compacted = 0
+
+    @property
+    def answered(self) -> int:
+        return sum(client.answered for client in self._clients)
+
+    def live_until(self, starter: Starter, seconds: float) -> None:
+        """Have a server killed that many seconds after its start."""
+        server = self._start(starter)
+        with _Traffic(self._clients, server):
+            died = server.has_died(seconds)
+            server.kill()
+        assert not died, server.errors.read_text()
+        _require_killed(server, "")
+
+    def live_to(self, starter: Starter, step: Step, passing: int) -> None:
+        """Have a server die when it passes a step for the n-th time."""
+        server = self._start(starter, step, passing)
+        # While regions are opened that nobody has verified, the clients cannot say what they should read.
+        with _Traffic([] if step.phase is Phase.OPENING else self._clients, server):
+            if step.phase is Phase.RESETTING:
+                server.has_died(0.05)
+                _ask_until_gone(server, "reset force")
+            died = server.has_died(SECONDS)
+            server.kill()
+        assert died, f"the step {step.name} was not passed {passing} times"
+        _require_killed(server, f"killed at {step.name}\n")
+        if step.phase is Phase.RESETTING:
+            for client in self._clients:
+                client.forget()
+
+    def _start(self, starter: Starter, step: Step | None = None, passing: int = 0) -> Server:
+        return starter.start(
+            self._directory, "--state", str(self._state), "--size", str(SIZE), step=step, passing=passing
+        )
+
+    def verify(self) -> bool:
+        """Check all that is left, as the next server finds it. Return whether there was a disk."""
+        opened = OpenDevice(RegionStore(self._state), Wanted(SIZE))
+        try:
+            disk = read(opened.device, 0, SIZE)
+            for client in self._clients:
+                client.check(disk)
+            _check_counters(opened.device)
+            _check_pool(opened.device)
+            self.compacted = max(self.compacted, opened.device.mm_stat().pages_compacted)
+            return opened.recovered
+        finally:
+            opened.close()
+
+    def verify_that_nothing_leaks(self) -> None:
+        """Fill the disk, empty it and fill it once more; it is empty in the end."""
+        opened = OpenDevice(RegionStore(self._state), Wanted(SIZE))
+        device = opened.device
+        try:
+            for _ in range(2):
+                write(device, 0, bytearray(self._filler))
+                assert device.mm_stat().mem_used_total == SIZE
+                # An object is written before the one in its place is freed.
+                assert device.pool.record[PoolRecord.NEXT_HANDLE] <= PAGES + 2
+                with device:
+                    device.discard(0, SIZE)
+                stat = device.mm_stat()
+                left = (
+                    stat.orig_data_size,
+                    stat.compr_data_size,
+                    stat.mem_used_total,
+                    stat.same_pages,
+                    stat.huge_pages,
+                )
+                assert not any(left)
+        finally:
+            opened.close()
+        for client in self._clients:
+            client.forget()
+        self.verify()
+
+
+def _check_counters(device: Device) -> None:
+    stat = device.mm_stat()
+    assert stat == recount(device, stat)
+    assert stat.mem_used_max >= stat.mem_used_total
+    assert stat.huge_pages_since >= stat.huge_pages
+
+
+def _check_pool(device: Device) -> None:
+    """Check that the pool is whole, has no object but those of the page table, and no memory but for them."""
+    pool = device.pool
+    live = {}
+    for _, entry in device.entries():
+        if length := entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK:
+            handle = entry & ENTRY_HANDLE_MASK
+            live[handle] = bytes(pool.map(handle, length))
+    check_invariants(pool, live)
+    populated = sum(end - start for arena in pool.arenas for start, end in arena.region.data_ranges())
+    assert populated == pool.pages * PAGE_SIZE
+    words = pool.handle_region.words
+    free, handle = set(), pool.record[PoolRecord.FREE_HANDLE]
+    while handle:
+        assert not words[handle] & HANDLE_IN_USE
+        free.add(handle)
+        handle = words[handle] >> 1
+    assert free | set(live) == set(range(1, pool.record[PoolRecord.NEXT_HANDLE]))
+    assert len(free) + len(live) == pool.record[PoolRecord.NEXT_HANDLE] - 1
+    assert not any(words[pool.record[PoolRecord.NEXT_HANDLE] : pool.record[PoolRecord.READY_HANDLES]])
+
+
+def _require_killed(server: Server, errors: str) -> None:
+    assert (server.end(), server.errors.read_text()) == (-signal.SIGKILL, errors)
+
+
+class _Traffic:
+    """What goes on while a server lives: its clients, and one compaction after the other. It ends with the server."""
+
+    def __init__(self, clients: list[Client], server: Server) -> None:
+        self._failures: list[BaseException] = []
+        actions = [partial(client.run, server.unix, server.has_died) for client in clients]
+        actions.append(partial(_ask_until_gone, server, "compact 1"))
+        self._threads = [threading.Thread(target=self._run, args=(action,)) for action in actions]
+
+    def _run(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            self._failures.append(error)
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+
+def _ask_until_gone(server: Server, request: str) -> None:
+    while not server.has_died():
+        with suppress(StatusError, OSError):
+            ask(server.admin, request)
+        time.sleep(PAUSE_SECONDS)
