@@ -26,6 +26,7 @@ from zramd.layout import (
 )
 from zramd.memory import RegionStore
 from zramd.status.client import StatusError, ask
+from zramd.zsmalloc.pool import ClassState
 
 PAGES = 1024
 SIZE = PAGES * PAGE_SIZE
@@ -138,6 +139,10 @@ def _check_pool(device: Device) -> None:
     check_invariants(pool, live)
     populated = sum(end - start for arena in pool.arenas for start, end in arena.region.data_ranges())
     assert populated == pool.pages * PAGE_SIZE
+    for arena in pool.arenas:
+        for zspage in range(len(arena)):
+            if arena.used[zspage]:
+                _check_free_objects(pool.classes[arena.size_class[zspage] - 1], zspage)
     words = pool.handle_region.words
     free, handle = set(), pool.record[PoolRecord.FREE_HANDLE]
     while handle:
@@ -147,6 +152,16 @@ def _check_pool(device: Device) -> None:
     assert free | set(live) == set(range(1, pool.record[PoolRecord.NEXT_HANDLE]))
     assert len(free) + len(live) == pool.record[PoolRecord.NEXT_HANDLE] - 1
     assert not any(words[pool.record[PoolRecord.NEXT_HANDLE] : pool.record[PoolRecord.READY_HANDLES]])
+
+
+def _check_free_objects(state: ClassState, zspage: int) -> None:
+    """Check that what is not in use is on the list of free objects, or behind all that ever were in use."""
+    listed, index = 0, state.free[zspage]
+    while index:
+        assert index <= state.fresh[zspage]
+        listed += 1
+        index = state.words[(zspage * state.span + (index - 1) * state.size) >> 3] >> 1
+    assert state.used[zspage] + listed == state.fresh[zspage] <= state.objects
 
 
 def _require_killed(server: Server, errors: str) -> None:
