@@ -16,9 +16,9 @@ _HOOK = "_zramd_step"
 _passed = 0
 
 
-def kill_at(step: str, passing: int) -> None:
+def kill_at(step: Step, passing: int) -> None:
     """Kill this process at a passing of a step, counted from now on; in the compiled engine too."""
-    os.environ[VARIABLE] = f"{step}:{passing}"
+    os.environ[VARIABLE] = f"{step.name}:{passing}"
 
 
 def _pass(name: str) -> None:

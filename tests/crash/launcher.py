@@ -18,9 +18,8 @@ import zramd.cli.serve  # loaded here, so that no server has to
 import zramd.native
 import zramd.zsmalloc.arena
 from tests.crash import injection
-from tests.crash.steps import STEPS
-from zramd.device.opening import OpenDevice, Wanted
-from zramd.device.superblock import Identity
+from tests.crash.steps import STEPS, Phase, Step
+from zramd.device.disk import Disk
 
 SMALL_GROWTH, SMALL_RESERVE = 8, 16
 """Pages of an arena, in place of those of zramd: it then grows and shrinks all the time."""
@@ -61,7 +60,7 @@ def _serve(request: dict[str, Any]) -> NoReturn:
     status = 1
     try:
         if request["step"]:
-            _arm(request["step"], request["passing"])
+            _arm(next(step for step in STEPS if step.name == request["step"]), request["passing"])
         zramd.cli.main(request["arguments"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -73,16 +72,19 @@ def _serve(request: dict[str, Any]) -> NoReturn:
         os._exit(status)
 
 
-def _arm(step: str, passing: int) -> None:
-    """Kill this process at a passing of a step, but not before it opens its regions: what comes before is a trial."""
-    find = OpenDevice._find
+def _arm(step: Step, passing: int) -> None:
+    """Kill this process at a passing of a step, but not before the phase that the step is of.
 
-    def armed(opened: OpenDevice, wanted: Wanted) -> Identity | None:
-        if opened._store.directory is not None:
-            injection.kill_at(step, passing)
-        return find(opened, wanted)
+    What passes steps before the regions are opened is a trial of the engine.
+    """
+    begins = {Phase.ENLARGING: "grow", Phase.RESETTING: "reset"}.get(step.phase, "open")
+    begin = getattr(Disk, begins)
 
-    setattr(OpenDevice, find.__name__, armed)
+    def armed(*arguments: Any, **named: Any) -> object:
+        injection.kill_at(step, passing)
+        return begin(*arguments, **named)
+
+    setattr(Disk, begins, armed)
 
 
 if __name__ == "__main__":

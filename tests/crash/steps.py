@@ -15,6 +15,7 @@ class Phase(Enum):
     OPENING = "opening the regions that another server left"
     GROWING = "serving a disk that is new"
     SERVING = "serving"
+    ENLARGING = "making a disk larger"
     RESETTING = "resetting a disk"
 
 
@@ -186,7 +187,7 @@ GROWING = (
     Step(
         "zspages-populated",
         "some zspages of zeros, which belong to no class",
-        f"{_ARENA}._populate",
+        f"{_ARENA}.populate",
         "self.region.populate(",
         most=12,
     ),
@@ -268,6 +269,30 @@ MAKING = (
         phase=Phase.MAKING,
     ),
 )
+ENLARGING = (
+    Step(
+        "region-enlarged",
+        "a disk of the old size, some of its regions with room for the new one",
+        f"{_OPENING}._open",
+        "region = self._store.open(",
+        most=12,
+        phase=Phase.ENLARGING,
+    ),
+    Step(
+        "first-size-stored",
+        "a disk of the old size, which may be asked for by that too",
+        f"{_OPENING}._build",
+        "words[Superblock.FIRST_DISKSIZE] =",
+        phase=Phase.ENLARGING,
+    ),
+    Step(
+        "size-stored",
+        "a disk of the new size",
+        f"{_OPENING}._build",
+        "words[Superblock.DISKSIZE] =",
+        phase=Phase.ENLARGING,
+    ),
+)
 RESETTING = (
     Step(
         "region-emptied",
@@ -286,4 +311,4 @@ RESETTING = (
         phase=Phase.RESETTING,
     ),
 )
-STEPS = (*WRITING, *TRIMMING, *COMPACTING, *GROWING, *OPENING, *MAKING, *RESETTING)
+STEPS = (*WRITING, *TRIMMING, *COMPACTING, *GROWING, *OPENING, *MAKING, *ENLARGING, *RESETTING)

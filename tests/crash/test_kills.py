@@ -16,7 +16,7 @@ from zramd.native import Engine, choose
 
 RANDOM_KILLS = 80
 KILLS_AS_BY_A_USER = 10
-KILLS_AT_A_STEP = 5
+KILLS_AT_A_STEP = 4
 NATIVE = Path(native.__file__).parent
 
 
