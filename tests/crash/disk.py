@@ -14,6 +14,7 @@ from tests.crash.servers import SECONDS, Server, Starter
 from tests.crash.steps import Phase, Step
 from tests.property.test_device import read, recount, write
 from tests.property.test_pool import check_invariants
+from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
@@ -40,8 +41,9 @@ class KilledDisk:
     `answered` counts the requests of both clients, `compacted` the pages that compaction has freed.
     """
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, algorithm: str = "lz4", chain_size: int = 8) -> None:
         self._directory = directory
+        self._wanted = Wanted(SIZE, codec(algorithm), chain_size)
         self._state = directory / "state"
         self._clients = [Client(seed, first, PAGES // 2) for first in (0, PAGES // 2)]
         self._sizes = [SIZE]
@@ -68,11 +70,11 @@ class KilledDisk:
         with _Traffic([] if step.phase is Phase.OPENING else self._clients, server):
             if step.phase is Phase.RESETTING:
                 server.has_died(TRAFFIC_SECONDS)
-                _ask_until_gone(server, "reset force")
+                _ask(server, "reset force")
             if step.phase is Phase.ENLARGING:
                 server.has_died(TRAFFIC_SECONDS)
                 self._sizes.append(self._sizes[-1] + SIZE)
-                _ask_until_gone(server, f"grow {self._sizes[-1]}")
+                _ask(server, f"grow {self._sizes[-1]}")
             died = server.has_died(SECONDS)
             server.kill()
         assert died, f"the step {step.name} was not passed {passing} times"
@@ -80,15 +82,17 @@ class KilledDisk:
         if step.phase is Phase.RESETTING:
             for client in self._clients:
                 client.forget()
+            self._sizes.insert(0, SIZE)
 
     def _start(self, starter: Starter, step: Step | None = None, passing: int = 0) -> Server:
-        return starter.start(
-            self._directory, "--state", str(self._state), "--size", str(SIZE), step=step, passing=passing
-        )
+        assert self._wanted.codec is not None
+        made_with = ["--algorithm", self._wanted.codec.name, "--chain-size", str(self._wanted.chain_size)]
+        kept = ["--state", str(self._state), "--size", str(SIZE)]
+        return starter.start(self._directory, *kept, *made_with, step=step, passing=passing)
 
     def verify(self) -> bool:
         """Check all that is left, as the next server finds it. Return whether there was a disk."""
-        opened = OpenDevice(RegionStore(self._state), Wanted(SIZE))
+        opened = OpenDevice(RegionStore(self._state), self._wanted)
         try:
             assert opened.device.disksize in self._sizes
             self._sizes = [opened.device.disksize]
@@ -104,7 +108,7 @@ class KilledDisk:
 
     def verify_that_nothing_leaks(self) -> None:
         """Fill the disk, empty it and fill it once more; it is empty in the end."""
-        opened = OpenDevice(RegionStore(self._state), Wanted(SIZE))
+        opened = OpenDevice(RegionStore(self._state), self._wanted)
         device = opened.device
         try:
             for _ in range(2):
@@ -186,7 +190,7 @@ class _Traffic:
     def __init__(self, clients: list[Client], server: Server) -> None:
         self._failures: list[BaseException] = []
         actions = [partial(client.run, server.unix, server.has_died) for client in clients]
-        actions.append(partial(_ask_until_gone, server, "compact 1"))
+        actions.append(partial(_compact, server))
         self._threads = [threading.Thread(target=self._run, args=(action,)) for action in actions]
 
     def _run(self, action: Callable[[], None]) -> None:
@@ -206,8 +210,17 @@ class _Traffic:
             raise self._failures[0]
 
 
-def _ask_until_gone(server: Server, request: str) -> None:
+def _compact(server: Server) -> None:
     while not server.has_died():
+        _ask(server, "compact 1")
+        time.sleep(PAUSE_SECONDS)
+
+
+def _ask(server: Server, request: str) -> None:
+    """Ask for a change, once the server can be asked; it may die of that, or before."""
+    deadline = time.monotonic() + SECONDS
+    while not server.has_died() and time.monotonic() < deadline:
         with suppress(StatusError, OSError):
             ask(server.admin, request)
+            return
         time.sleep(PAUSE_SECONDS)

@@ -275,7 +275,7 @@ ENLARGING = (
         "a disk of the old size, some of its regions with room for the new one",
         f"{_OPENING}._open",
         "region = self._store.open(",
-        most=12,
+        most=8,
         phase=Phase.ENLARGING,
     ),
     Step(
@@ -307,7 +307,7 @@ RESETTING = (
         "some regions of no disk",
         f"{_OPENING}.destroy",
         "self._store.remove(name)",
-        most=12,
+        most=8,
         phase=Phase.RESETTING,
     ),
 )
