@@ -213,7 +213,7 @@ class _Daemon:
 
     def summary(self) -> str:
         """Return a line on what is served."""
-        disks = (f"{disk.name} of {format_size(disk.disksize)}, {disk.algorithm}" for disk, _ in self.disks)
+        disks = (f"{disk.name} of {format_size(disk.disksize)}, {disk.algorithm()}" for disk, _ in self.disks)
         return f"serving {'; '.join(disks)}"
 
     def _serve_attributes(self, disk: Disk, chosen: DiskSettings) -> None:
@@ -337,7 +337,7 @@ def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
         _try_out(disk.open(wanted).device.identity.codec)
     elif wanted.codec:
         disk.set_algorithm(wanted.codec.name)
-        disk.set_parameters(Parameters(wanted.codec.level, wanted.codec.dictionary), None)
+        disk.set_parameters(Parameters(wanted.codec.level, wanted.codec.dictionary))
     if settings.mem_limit is not None:
         disk.set_mem_limit(settings.mem_limit)
     return disk

@@ -7,17 +7,20 @@ is private memory of the process and is rebuilt at start.
     superblock   one page           geometry, codecs, lifetime counters: see `Superblock`
     page_table   8 bytes a page     the only commit record: a page is what its entry says
     elements     8 bytes a page     the fill pattern of a same-filled page whose pattern is not zero; sparse
+    accessed     4 bytes a page     when the page was last read or written, in seconds of CLOCK_BOOTTIME; sparse
     handles      8 bytes a handle   where an object lies now; compaction changes this word and nothing else
     arena1..N    k pages a zspage   zspages of k pages, back to back: zspage z starts at byte z * k * 4096
-    dictionary0  bytes              the codec's dictionary, if it has one
+    dictionaryN  bytes              the dictionary of codec N, if it has one
 
 Page-table entry. 0 is an empty page, so that a hole in the file is an empty part of the device.
 
-     63      60 59  58 57  56 55   53 52         40 39                                  0
-    +----------+---+---+------+-------+-------------+------------------------------------+
-    | reserved | N | I | prio | state | stored size |     handle, or 1 = has element     |
-    +----------+---+---+------+-------+-------------+------------------------------------+
-      N: incompressible   I: idle   prio: which of the device's four codecs   size: 0..4096
+     63      61 60  59  58  57 56  55   53 52         40 39                              0
+    +----------+---+---+---+------+-------+-------------+--------------------------------+
+    | reserved | A | N | I | prio | state | stored size |   handle, or 1 = has element   |
+    +----------+---+---+---+------+-------+-------------+--------------------------------+
+      N: incompressible   I: idle   size: 0..4096
+      prio, A: which of the device's codecs. Each of the four priorities has had up to two; a page keeps the one that it
+      was stored with. The number of a codec is prio + 4 * A.
 
 Handle word. A free handle's word links to the next free handle; this list, like every other, is rebuilt at start.
 
@@ -64,6 +67,13 @@ TABLE_CHUNK_SHIFT = 9
 """Words of the page table, or of the elements, that are populated together: a page of them, for 2 MiB of the device."""
 
 
+PRIORITIES = 4
+CODECS = 2 * PRIORITIES
+ACCESSED_BYTES = 4
+ACCESSED_CHUNK_SHIFT = 10
+"""Access times that are populated together: a page of them."""
+
+
 class PageState(IntEnum):
     """What a page-table entry refers to."""
 
@@ -83,7 +93,8 @@ ENTRY_PRIORITY_SHIFT = 56
 ENTRY_PRIORITY_MASK = 0x3
 ENTRY_IDLE = 1 << 58
 ENTRY_INCOMPRESSIBLE = 1 << 59
-ENTRY_RESERVED_MASK = 0xF << 60
+ENTRY_ALTERNATE = 1 << 60
+ENTRY_RESERVED_MASK = 0x7 << 61
 ENTRY_HAS_ELEMENT = 1
 
 HANDLE_IN_USE = 1
@@ -100,7 +111,7 @@ class Superblock(IntEnum):
     """Word offsets in the superblock page. `MAGIC` is stored last when a device is made.
 
     A codec is 6 words: 2 of name (ASCII, zero-filled), 1 of level + 2**63, 1 of bytes in its dictionary, 2 of the
-    dictionary's BLAKE2b. There is room for four, one for each priority; an unset one is all zeros.
+    dictionary's BLAKE2b. There is room for eight, two for each priority; one that is not set has no name.
     """
 
     MAGIC = 0
@@ -113,7 +124,8 @@ class Superblock(IntEnum):
     MEM_LIMIT = 8  # pages, 0: none
     FIRST_DISKSIZE = 9  # bytes, before the device grew; 0: it never did
     BOOT_ID = 10  # two words: the boot under which the regions are in use; 0: they were left in order
-    CODECS = 16  # four times six words
+    ALTERNATES = 12  # a bit for each priority: whether its codec now is the one with the higher number
+    CODECS = 16  # eight times six words
     # Lifetime counters.
     MEM_USED_MAX = 64  # pages
     PAGES_COMPACTED = 65
@@ -183,11 +195,14 @@ class DeviceRecord(IntEnum):
     SAME_PAGES = 2
     HUGE_PAGES = 3
     NOTED_PAGES = 4  # up to so many in the pool nothing is to be noted: the mark is as high, the limit is no lower
-    END = 5
+    GENERATION = 5  # how often a codec was changed: what was compressed before must be so anew
+    CODEC_PAGES = 6  # a word for each codec: the compressed pages that it has
+    END = CODEC_PAGES + CODECS
 
 
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")
 VERSION = 1
+CODEC_WORDS = 6
 CODEC_NAME_WORDS = 2
 CODEC_LEVEL = 2
 CODEC_DICTIONARY_BYTES = 3

@@ -35,8 +35,8 @@ class RegionError(Exception):
 class Region:
     """One mapped file of `size` bytes (a multiple of 4096).
 
-    `bytes` and `words` are views of the whole mapping; `words` is little-endian 64-bit as the layout asks, which is
-    why only little-endian machines are supported.
+    `bytes`, `words` and `halves` are views of the whole mapping; `words` is little-endian 64-bit as the layout asks,
+    which is why only little-endian machines are supported.
     """
 
     def __init__(self, fd: int, size: int, name: str) -> None:
@@ -52,6 +52,7 @@ class Region:
         self.map.madvise(mmap.MADV_DONTDUMP)
         self.bytes = memoryview(self.map)
         self.words = self.bytes.cast("Q")
+        self.halves = self.bytes.cast("I")
 
     def populate(self, offset: int, length: int, *, shared: bool = False) -> None:
         """Allocate and map `length` bytes from `offset` (both multiples of 4096), none of which are in use.
@@ -110,6 +111,7 @@ class Region:
     def close(self) -> None:
         """Unmap. Views taken from the region must have been released."""
         self.words.release()
+        self.halves.release()
         self.bytes.release()
         self.map.close()
         os.close(self.fd)
@@ -156,11 +158,12 @@ def record(words: int) -> memoryview:
 
 
 class SparseTable:
-    """A region with a word for each page of the device, populated page by page when first stored to.
+    """A region with a word (or half of one) for each page of the device, populated page by page when first stored to.
 
-    `ready[index >> TABLE_CHUNK_SHIFT]` says whether the words around `index` may be touched. A chunk that is not ready
-    is all zeros and must not be read either, because reading it would allocate it. A chunk is one page of the table, 2
-    MiB of the device: a file system that puts a little everywhere then costs little.
+    `ready[index >> shift]` says whether the words around `index` may be touched: TABLE_CHUNK_SHIFT for whole words, one
+    more for halves. A chunk that is not ready is all zeros and must not be read either, because reading it would
+    allocate it. A chunk is one page of the table, 2 MiB of the device: a file system that puts a little everywhere then
+    costs little.
     """
 
     def __init__(self, region: Region) -> None:

@@ -77,9 +77,11 @@ def open_device(chosen: native.Engine, made: Codec) -> OpenDevice:
 
 
 def regions(opened: OpenDevice) -> dict[str, bytes]:
-    """Return all that is populated, and where; the superblock without the UUID."""
+    """Return all that is populated, and where; the superblock without the UUID, and no times."""
     found = {}
     for region in opened.regions:
+        if region.name == "accessed":
+            continue
         parts = [(start, region.bytes[start:end].tobytes()) for start, end in region.data_ranges()]
         if region.name == "superblock":
             ((start, block),) = parts

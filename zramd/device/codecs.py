@@ -43,6 +43,11 @@ class Codec:
     compressor: Callable[[bytearray], Compress]
     decompressor: Callable[[], Decompress]
 
+    @property
+    def key(self) -> tuple[str, int, bytes]:
+        """What makes two codecs the same."""
+        return self.name, self.level, self.dictionary
+
 
 @functools.cache
 def _one_shot() -> Callable[..., int] | None:

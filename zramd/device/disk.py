@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zramd.device.codecs import NAMES, Parameters, codec
+from zramd.device.algorithms import PRIMARY
+from zramd.device.codecs import NAMES, Codec, Parameters, codec
 from zramd.device.counters import IoStat, MmStat, RequestStat
-from zramd.device.opening import DEFAULT_ALGORITHM, OpenDevice, Wanted
+from zramd.device.idle import mark_idle
+from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
+from zramd.device.recompression import Outcome, Recompression, Recompressor
+from zramd.device.slices import in_slices
+from zramd.device.zram import uptime
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.zsmalloc.stats import ClassStat
@@ -46,14 +51,15 @@ class Disk:
         self._directory = directory
         self._chain_size = chain_size
         self._control = threading.Lock()
+        self._recompressing = threading.Lock()
         self._changed = threading.Condition()
         self._clients: list[HangUp] = []
         self._resetting = False
         self._forget_settings()
 
     def _forget_settings(self) -> None:
-        self._algorithm = DEFAULT_ALGORITHM
-        self._parameters = Parameters()
+        self._chosen = {PRIMARY: DEFAULT_ALGORITHM}
+        self._parameters: dict[int, Parameters] = {}
         self._mem_limit = 0
 
     def open(self, wanted: Wanted) -> OpenDevice:
@@ -88,11 +94,13 @@ class Disk:
         opened = self.opened
         return opened.device.disksize if opened else 0
 
-    @property
-    def algorithm(self) -> str:
-        """The codec of the disk, or the one chosen for it."""
+    def algorithm(self, priority: int = PRIMARY) -> str | None:
+        """Return the name of a priority's codec, or of the one chosen for it; None if there is none."""
         opened = self.opened
-        return opened.device.identity.codec.name if opened else self._algorithm
+        if opened is None:
+            return self._chosen.get(priority)
+        chosen = opened.device.identity.algorithms.at(priority)
+        return chosen.name if chosen else None
 
     def mm_stat(self) -> MmStat:
         """Return the memory counters; all but the limit are 0 while the disk is uninitialised."""
@@ -151,35 +159,45 @@ class Disk:
                 self._clients.remove(hang_up)
                 self._changed.notify_all()
 
-    def set_algorithm(self, name: str) -> None:
-        """Choose the codec by name.
+    def set_algorithm(self, name: str, priority: int = PRIMARY) -> None:
+        """Choose a priority's codec by name. Pages that are stored keep theirs; the kernel refuses this after disksize.
 
         Raises:
-            ValueError: there is none of that name.
-            BusyError: the disk is initialised.
+            ValueError: there is none of that name, or it cannot have the parameters.
+            BusyError: pages are stored with two earlier ones.
+            NoMemoryError, OSError: there is no room for its dictionary.
         """
         if name not in NAMES:
             raise ValueError(f"unknown algorithm {name!r}: choose one of {', '.join(NAMES)}")
         with self._control:
-            self._require_uninitialised()
-            self._algorithm = name
+            if self.opened:
+                self._use(priority, codec(name))
+            else:
+                self._chosen[priority] = name
 
-    def set_parameters(self, parameters: Parameters, algorithm: str | None) -> None:
-        """Set level and dictionary of the chosen codec; what is not given goes back to its default.
-
-        They are for the `algorithm` that is named, if one is, and it has to be the chosen one. As from Linux 7.1, the
-        disk must be uninitialised: what is stored already needs the parameters that it was stored with.
+    def set_parameters(self, parameters: Parameters, priority: int = PRIMARY) -> None:
+        """Set level and dictionary of a priority's codec; what is not given goes back to its default.
 
         Raises:
-            ValueError: another algorithm is chosen, or this one cannot have these.
-            BusyError: the disk is initialised.
+            ValueError: no codec is chosen for it, or it cannot have these.
+            BusyError: pages are stored with two earlier codecs.
+            NoMemoryError, OSError: there is no room for the dictionary.
         """
         with self._control:
-            self._require_uninitialised()
-            if algorithm not in (None, self._algorithm):
-                raise ValueError(f"{algorithm} is not the chosen algorithm: set comp_algorithm first")
-            codec(self._algorithm, parameters.level, parameters.dictionary)
-            self._parameters = parameters
+            name = self.algorithm(priority)
+            if name is None:
+                raise ValueError(f"no algorithm has priority {priority}: set recomp_algorithm first")
+            chosen = codec(name, parameters.level, parameters.dictionary)
+            if self.opened:
+                self._use(priority, chosen)
+            else:
+                self._parameters[priority] = parameters
+
+    def _use(self, priority: int, chosen: Codec) -> None:
+        try:
+            self.require_opened().set_algorithm(priority, chosen)
+        except CodecInUseError as error:
+            raise BusyError(str(error)) from error
 
     def initialise(self, disksize: int) -> None:
         """Give the disk its size in bytes, rounded up to pages; it can then be connected to.
@@ -193,10 +211,14 @@ class Disk:
             raise ValueError("a disk has at least one page")
         with self._control:
             self._require_uninitialised()
-            chosen = codec(self._algorithm, self._parameters.level, self._parameters.dictionary)
-            opened = self._open_device(Wanted(disksize, chosen, self._chain_size))
+            chosen = {priority: self._make(priority) for priority in self._chosen}
+            opened = self._open_device(Wanted(disksize, chosen.pop(PRIMARY), self._chain_size, secondary=chosen))
             opened.device.set_mem_limit(self._mem_limit)
             self.opened = opened
+
+    def _make(self, priority: int) -> Codec:
+        parameters = self._parameters.get(priority, Parameters())
+        return codec(self._chosen[priority], parameters.level, parameters.dictionary)
 
     def set_mem_limit(self, limit: int) -> None:
         """Set the memory limit in bytes, rounded up to pages; 0 is none."""
@@ -219,6 +241,40 @@ class Disk:
             UninitialisedError: there is no pool.
         """
         self.require_opened().device.compact()
+
+    def mark_idle(self, seconds: int | None) -> None:
+        """Mark pages that were not touched for so many seconds as idle, and the others as not; None: all.
+
+        Raises:
+            UninitialisedError: there are no pages.
+        """
+        device = self.require_opened().device
+        in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds))
+
+    def recompress(self, order: Recompression, note: Callable[[Recompressor], None] = lambda _: None) -> Outcome:
+        """Recompress pages; `note` is given the work that begins.
+
+        Raises:
+            UninitialisedError: there are no pages.
+            ValueError: there is no such codec, or the threshold is that of huge pages.
+            BusyError: a recompression is under way.
+            NoMemoryError: there is no room to do it in.
+            PageError: a page is damaged.
+        """
+        device = self.require_opened().device
+        if order.threshold >= device.pool.geometry.huge_limit:
+            raise ValueError(f"the threshold must be less than {device.pool.geometry.huge_limit}, that of huge pages")
+        secondary = device.identity.algorithms.secondary
+        if order.priority not in (None, *secondary) or not secondary:
+            raise ValueError("there is no such algorithm to recompress with: set recomp_algorithm")
+        if not self._recompressing.acquire(blocking=False):
+            raise BusyError("another recompression is under way")
+        try:
+            work = Recompressor(device, order)
+            note(work)
+            return work.run()
+        finally:
+            self._recompressing.release()
 
     def grow(self, disksize: int) -> None:
         """Make the disk larger: `disksize` bytes, rounded up to pages.

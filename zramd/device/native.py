@@ -2,13 +2,15 @@
 
 import importlib
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from zramd.device.codecs import CodecError
+from zramd.device.codecs import Codec, CodecError
 from zramd.device.stream import Prepared, Stream
 from zramd.device.superblock import Identity
-from zramd.device.zram import ZERO_PAGE, Device, PageError
-from zramd.memory import Region, SparseTable
+from zramd.device.zram import ZERO_PAGE, Device, PageError, Tables
+from zramd.memory import Region
 from zramd.zsmalloc import Pool
 
 if TYPE_CHECKING:
@@ -18,17 +20,19 @@ if TYPE_CHECKING:
 class NativeDevice(Device):
     """A device whose hot path is compiled. `engine` is the extension."""
 
-    def __init__(
-        self, identity: Identity, superblock: Region, table: SparseTable, elements: SparseTable, pool: Pool
-    ) -> None:
-        super().__init__(identity, superblock, table, elements, pool)
+    def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
+        super().__init__(identity, superblock, tables, pool)
         self.engine = importlib.import_module("zramd.native.engine")
         self.lock = cast(threading.Lock, self.engine.Lock())
-        self._native: engine.Device = self.engine.Device(self, superblock, table, elements)
+        self._native: engine.Device = self.engine.Device(self, superblock, tables)
 
     def stream(self, buffer: bytearray) -> Stream:
         """Return a stream for a thread that receives into `buffer`."""
-        return cast(Stream, self.engine.Stream(self._native, buffer, self.identity.codec))
+        return cast(Stream, self.engine.Stream(self._native, buffer, self.identity.algorithms))
+
+    def page_compressor(self, chosen: Codec, page: bytearray) -> Callable[[], bytes]:
+        """Return a function that compresses what is in `page`, for one thread."""
+        return partial(self.engine.Codec(chosen).compress_page, page)
 
     def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
         before = len(out)
@@ -38,9 +42,9 @@ class NativeDevice(Device):
             del out[before:]
             raise PageError(f"page {error} is damaged") from error
 
-    def _store(self, index: int, prepared: "list[Prepared] | engine.Prepared") -> None:
+    def _store(self, index: int, prepared: "list[Prepared] | engine.Prepared", bits: int) -> None:
         if isinstance(prepared, list):
-            super()._store(index, prepared)
+            super()._store(index, prepared, bits)
         else:
             self._native.store_pages(index, prepared)
 

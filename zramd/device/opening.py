@@ -1,9 +1,11 @@
 """Making a device, or finding it again in the regions that an earlier process left."""
 
+import logging
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from zramd.device.algorithms import PRIMARY, Algorithms, store_codec
 from zramd.device.codecs import Codec, codec
 from zramd.device.native import NativeDevice
 from zramd.device.superblock import (
@@ -15,8 +17,8 @@ from zramd.device.superblock import (
     note_end,
     store_identity,
 )
-from zramd.device.zram import Device
-from zramd.layout import PAGE_SHIFT, PAGE_SIZE, WORD, Superblock
+from zramd.device.zram import Device, Tables
+from zramd.layout import ACCESSED_BYTES, CODECS, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, WORD, Superblock
 from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose
 from zramd.zsmalloc import FitRule, Pool, geometry
@@ -24,20 +26,30 @@ from zramd.zsmalloc.ahead import Ahead
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE
 from zramd.zsmalloc.pool import max_disksize
 
+log = logging.getLogger(__name__)
+
 DEFAULT_DISKSIZE = 1 << 30
 DEFAULT_ALGORITHM = "lz4"
 
-_SUPERBLOCK, _PAGE_TABLE, _DICTIONARY = "superblock", "page_table", "dictionary0"
+_SUPERBLOCK, _PAGE_TABLE = "superblock", "page_table"
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize."""
+    """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
+
+    `secondary` has the codecs to recompress with, by priority.
+    """
 
     disksize: int | None = None
     codec: Codec | None = None
     chain_size: int | None = None
     grow: bool = False
+    secondary: dict[int, Codec] = field(default_factory=dict)
+
+
+class CodecInUseError(Exception):
+    """There is no room for another codec, since pages have the earlier ones."""
 
 
 class OpenDevice:
@@ -71,6 +83,7 @@ class OpenDevice:
             if identity is None:
                 identity = _new_identity(wanted)
             self.device = self._build(identity, wanted)
+            self._apply(wanted)
             self._ahead = self._populate_ahead() if swap else None
         except BaseException:
             self.close()
@@ -100,8 +113,8 @@ class OpenDevice:
             _check(identity, first_disksize, wanted, where)
         return identity
 
-    def _read_dictionary(self, length: int) -> bytes:
-        region = self._store.open(_DICTIONARY, round_up_to_page(length), create=False)
+    def _read_dictionary(self, number: int, length: int) -> bytes:
+        region = self._store.open(_dictionary(number), round_up_to_page(length), create=False)
         try:
             return region.bytes[:length].tobytes()
         finally:
@@ -122,20 +135,19 @@ class OpenDevice:
         if not self.recovered:
             elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
         elements = SparseTable(elements_region)
+        accessed = SparseTable(self._open_new("accessed", round_up_to_page(pages * ACCESSED_BYTES)))
         pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
         make = NativeDevice if choose() is Engine.NATIVE else Device
-        device = make(identity, superblock, table, elements, pool)
+        device = make(identity, superblock, Tables(table, elements, accessed), pool)
         if self.recovered:
             try:
                 device.recover()
             except StateError as error:
                 raise StateError(f"{self._store.directory}: {error}; remove it to start afresh") from error
         else:
-            dictionary = identity.codec.dictionary
-            if dictionary:
-                region = self._open(_DICTIONARY, round_up_to_page(len(dictionary)))
-                region.populate(0, region.size)
-                region.bytes[: len(dictionary)] = dictionary
+            for number, chosen in enumerate(identity.algorithms.codecs):
+                if chosen and chosen.dictionary:
+                    self._keep_dictionary(number, chosen.dictionary)
             store_identity(superblock.words, identity)
         if wanted.grow:
             words = superblock.words
@@ -143,6 +155,53 @@ class OpenDevice:
             # Last: until here, the disk has its old size, and its regions just some room.
             words[Superblock.DISKSIZE] = identity.disksize
         return device
+
+    def _keep_dictionary(self, number: int, dictionary: bytes) -> None:
+        name, size = _dictionary(number), round_up_to_page(len(dictionary))
+        for region in [region for region in self.regions if region.name == name]:
+            self.regions.remove(region)
+            region.close()
+        self._store.remove(name)
+        region = self._store.open(name, size, create=True)
+        self.regions.append(region)
+        region.populate(0, size)
+        region.bytes[: len(dictionary)] = dictionary
+
+    def set_algorithm(self, priority: int, chosen: Codec | None) -> None:
+        """Let a priority have a codec from now on, or (not the primary one) none. Takes the lock.
+
+        Pages keep the codec that they have, and each priority has room for two.
+
+        Raises:
+            CodecInUseError: pages have the one before, the codec and yet another one.
+            NoMemoryError, OSError: there is no room for the dictionary.
+        """
+        device, algorithms = self.device, self.device.identity.algorithms
+        before = algorithms.at(priority)
+        if (before and before.key) == (chosen and chosen.key):
+            return
+        current = algorithms.number(priority)
+        other = (current + PRIORITIES) % CODECS
+        # A codec that no page has yet gives its number up: then the priority has its earlier one for a moment.
+        number = current if before and not device.codec_pages(current) and device.codec_pages(other) else other
+        if device.codec_pages(number):
+            raise CodecInUseError(
+                f"stored pages ({device.codec_pages(number)}) still have an earlier algorithm of priority {priority}: "
+                "they have to be written anew, or recompressed, before there is room for another"
+            )
+        if chosen and chosen.dictionary:
+            self._keep_dictionary(number, chosen.dictionary)
+        words = self._superblock.words
+        with device.lock:
+            if number == current:
+                words[Superblock.ALTERNATES] = algorithms.alternates ^ 1 << priority
+            else:
+                algorithms.alternates ^= 1 << priority
+            store_codec(words, number, chosen)
+            algorithms.codecs[number] = chosen
+            # One word, stored last: until here the priority has its old codec.
+            words[Superblock.ALTERNATES] = algorithms.alternates
+            device.note_codecs()
 
     def _populate_ahead(self) -> Ahead:
         for region in self.regions:
@@ -156,6 +215,22 @@ class OpenDevice:
         region = self._store.open(name, size, create=not self.recovered, grow=self._grow)
         self.regions.append(region)
         return region
+
+    def _open_new(self, name: str, size: int) -> Region:
+        """Open a region that kept state of an earlier version may not have."""
+        create = not (self.recovered and self._store.exists(name))
+        region = self._store.open(name, size, create=create, grow=self._grow)
+        self.regions.append(region)
+        return region
+
+    def _apply(self, wanted: Wanted) -> None:
+        """Let kept state have the codecs that are asked for, as far as pages leave room for them."""
+        asked = {PRIMARY: wanted.codec} if wanted.codec else {}
+        for priority, chosen in (asked | wanted.secondary).items():
+            try:
+                self.set_algorithm(priority, chosen)
+            except CodecInUseError as error:
+                log.warning("%s is not used: %s", chosen.name, error)
 
     def _flush(self) -> None:
         for region in self.regions:
@@ -232,7 +307,14 @@ def _new_identity(wanted: Wanted) -> Identity:
     limit = max_disksize(geometry(chain_size, rule))
     if disksize > limit:
         raise StateError(f"a disk of {disksize} bytes is too large: at most {limit} with chain size {chain_size}")
-    return Identity(disksize, wanted.codec or codec(DEFAULT_ALGORITHM), chain_size, rule, uuid.uuid4())
+    codecs: list[Codec | None] = [wanted.codec or codec(DEFAULT_ALGORITHM)]
+    codecs += [wanted.secondary.get(priority) for priority in range(1, PRIORITIES)]
+    return Identity(disksize, Algorithms(codecs), chain_size, rule, uuid.uuid4())
+
+
+def _dictionary(number: int) -> str:
+    """Return the name of the region with the dictionary of a codec."""
+    return f"dictionary{number}"
 
 
 def _check(identity: Identity, first_disksize: int, wanted: Wanted, where: Path | None) -> None:
@@ -243,7 +325,3 @@ def _check(identity: Identity, first_disksize: int, wanted: Wanted, where: Path 
         raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
     if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
         raise StateError(f"the device kept in {where} has chain size {identity.chain_size}: {remedy}")
-    if wanted.codec is not None:
-        kept = (identity.codec.name, identity.codec.level)
-        if (wanted.codec.name, wanted.codec.level) != kept:
-            raise StateError(f"the device kept in {where} is compressed with {kept[0]} level {kept[1]}: {remedy}")

@@ -24,4 +24,9 @@ def in_slices(device: "Device", steps: Iterator[None]) -> None:
                     break
             else:
                 return
-        time.sleep(PAUSE_SECONDS)
+        pause()
+
+
+def pause() -> None:
+    """Hand the device's lock on."""
+    time.sleep(PAUSE_SECONDS)

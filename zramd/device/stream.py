@@ -1,6 +1,6 @@
 """Compression of what is written, outside the device's lock."""
 
-from zramd.device.codecs import Codec
+from zramd.device.algorithms import PRIMARY, Algorithms, entry_bits
 from zramd.layout import PAGE_SIZE, WORD
 
 Prepared = int | bytes | bytearray | memoryview
@@ -11,15 +11,24 @@ _WORDS = PAGE_SIZE // WORD
 
 
 class Stream:
-    """What one thread compresses with, and the buffer that it compresses from (the kernel's zcomp_strm)."""
+    """What one thread compresses with, and the buffer that it compresses from (the kernel's zcomp_strm).
 
-    __slots__ = ("_compress", "_huge_limit", "buffer", "view")
+    `bits` are those that tell the codec in the entries of pages, `generation` is the device's at that time.
+    """
 
-    def __init__(self, buffer: bytearray, codec: Codec, huge_limit: int) -> None:
+    __slots__ = ("_compress", "_huge_limit", "bits", "buffer", "generation", "view")
+
+    def __init__(self, buffer: bytearray, huge_limit: int, algorithms: Algorithms, generation: int) -> None:
         self.buffer = buffer
         self.view = memoryview(buffer)
-        self._compress = codec.compressor(buffer)
         self._huge_limit = huge_limit
+        self.choose(algorithms, generation)
+
+    def choose(self, algorithms: Algorithms, generation: int) -> None:
+        """Compress with what is primary from now on. The caller holds the device's lock."""
+        self._compress = algorithms.primary.compressor(self.buffer)
+        self.bits = entry_bits(algorithms.number(PRIMARY))
+        self.generation = generation
 
     def prepare(self, start: int, length: int, offset: int) -> list[Prepared]:
         """Compress the whole pages of a write: `length` bytes at `start` in the buffer, for `offset` on the device.

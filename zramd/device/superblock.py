@@ -1,25 +1,12 @@
 """What a device is: the settings it was made with, in the first words of the superblock."""
 
-import hashlib
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zramd.device.codecs import Codec, codec
-from zramd.layout import (
-    CODEC_DICTIONARY_BYTES,
-    CODEC_DICTIONARY_HASH,
-    CODEC_HASH_WORDS,
-    CODEC_LEVEL,
-    CODEC_LEVEL_BIAS,
-    CODEC_NAME_WORDS,
-    MAGIC,
-    PAGE_SIZE,
-    VERSION,
-    WORD,
-    Superblock,
-)
+from zramd.device.algorithms import Algorithms, DamagedCodecError, ReadDictionary, load_algorithms, store_codec
+from zramd.device.codecs import Codec
+from zramd.layout import MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
 from zramd.zsmalloc import FitRule, geometry
 
 UUID_WORDS = 2
@@ -36,10 +23,15 @@ class Identity:
     """The parts of a device that its regions depend on. `disksize` is in bytes, a multiple of 4096."""
 
     disksize: int
-    codec: Codec
+    algorithms: Algorithms
     chain_size: int
     rule: FitRule
     uuid: uuid.UUID
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of what is written."""
+        return self.algorithms.primary
 
 
 def store_identity(words: memoryview, identity: Identity) -> None:
@@ -50,20 +42,14 @@ def store_identity(words: memoryview, identity: Identity) -> None:
     words[Superblock.CHAIN_SIZE] = identity.chain_size
     words[Superblock.FIT_RULE] = identity.rule
     _store_bytes(words, Superblock.UUID, identity.uuid.bytes)
-    primary = identity.codec
-    _store_bytes(words, Superblock.CODECS, primary.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0"))
-    words[Superblock.CODECS + CODEC_LEVEL] = primary.level + CODEC_LEVEL_BIAS
-    if primary.dictionary:
-        words[Superblock.CODECS + CODEC_DICTIONARY_BYTES] = len(primary.dictionary)
-        _store_bytes(words, Superblock.CODECS + CODEC_DICTIONARY_HASH, _hash(primary.dictionary))
+    for number, chosen in enumerate(identity.algorithms.codecs):
+        store_codec(words, number, chosen)
     note_boot(words)
     words[Superblock.MAGIC] = MAGIC
 
 
-def load_identity(words: memoryview, read_dictionary: Callable[[int], bytes]) -> Identity | None:
+def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identity | None:
     """Read the identity, or None if making the device was never completed.
-
-    `read_dictionary` returns the codec's dictionary, given its size in bytes.
 
     Raises:
         StateError: the superblock is damaged, or of a version that this zramd does not know.
@@ -74,22 +60,16 @@ def load_identity(words: memoryview, read_dictionary: Callable[[int], bytes]) ->
         raise StateError("the superblock is not zramd's, or damaged")
     if words[Superblock.VERSION] != VERSION or words[Superblock.PAGE_SIZE] != PAGE_SIZE:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
-    name = _load_bytes(words, Superblock.CODECS, CODEC_NAME_WORDS).rstrip(b"\0")
-    level = words[Superblock.CODECS + CODEC_LEVEL] - CODEC_LEVEL_BIAS
-    length = words[Superblock.CODECS + CODEC_DICTIONARY_BYTES]
-    dictionary = read_dictionary(length) if length else b""
-    if length and _load_bytes(words, Superblock.CODECS + CODEC_DICTIONARY_HASH, CODEC_HASH_WORDS) != _hash(dictionary):
-        raise StateError("the dictionary is damaged")
     try:
         geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
             disksize=words[Superblock.DISKSIZE],
-            codec=codec(name.decode("ascii"), level, dictionary),
+            algorithms=load_algorithms(words, read_dictionary),
             chain_size=words[Superblock.CHAIN_SIZE],
             rule=FitRule(words[Superblock.FIT_RULE]),
             uuid=uuid.UUID(bytes=_load_bytes(words, Superblock.UUID, UUID_WORDS)),
         )
-    except ValueError as error:
+    except (ValueError, DamagedCodecError) as error:
         raise StateError(f"the superblock is damaged: {error}") from error
 
 
@@ -114,10 +94,6 @@ def check_boot(words: memoryview) -> None:
     """
     if _load_bytes(words, Superblock.BOOT_ID, UUID_WORDS) not in (NO_BOOT, _boot_id()):
         raise StateError("the machine went down while the regions were in use, so they may contradict each other")
-
-
-def _hash(dictionary: bytes) -> bytes:
-    return hashlib.blake2b(dictionary, digest_size=CODEC_HASH_WORDS * WORD).digest()
 
 
 def _boot_id() -> bytes:

@@ -5,20 +5,24 @@ Compression is the one expensive step that needs no lock; a `Stream` does it bef
 """
 
 import threading
-from collections.abc import Iterator
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
-from zramd.device.codecs import CodecError
+from zramd.device.algorithms import codec_number
+from zramd.device.codecs import Codec, CodecError, Decompress
 from zramd.device.counters import IoStat, MmStat, RequestStat
 from zramd.device.slices import in_slices
 from zramd.device.states import Run, state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
 from zramd.layout import (
+    ACCESSED_CHUNK_SHIFT,
     ENTRY_HANDLE_MASK,
     ENTRY_HAS_ELEMENT,
-    ENTRY_PRIORITY_MASK,
-    ENTRY_PRIORITY_SHIFT,
+    ENTRY_IDLE,
     ENTRY_RESERVED_MASK,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
@@ -49,10 +53,16 @@ _COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
 _HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
 _HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _POOL_PAGES = int(PoolRecord.PAGES)
-_PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, _ = map(int, DeviceRecord)
+_PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, *_ = map(int, DeviceRecord)
+_GENERATION, _CODEC_PAGES = int(DeviceRecord.GENERATION), int(DeviceRecord.CODEC_PAGES)
 _READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
 _WRITES, _WRITE_SECTORS = int(Superblock.WRITES), int(Superblock.WRITE_SECTORS)
-_NEVER_SET = ENTRY_RESERVED_MASK | ENTRY_PRIORITY_MASK << ENTRY_PRIORITY_SHIFT
+_NEVER_SET = ENTRY_RESERVED_MASK
+
+
+def uptime() -> int:
+    """Return the seconds since the machine started, suspended or not."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 class NoSpaceError(Exception):
@@ -63,6 +73,15 @@ class PageError(Exception):
     """A stored page cannot be read back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What a device has for each page: see zramd/layout.py. `accessed` has half a word for each."""
+
+    entries: SparseTable
+    elements: SparseTable
+    accessed: SparseTable
+
+
 class Device:
     """One zram device on its regions.
 
@@ -70,9 +89,7 @@ class Device:
     batch. Lifetime counters stand in the superblock, the others in `record` (see zramd/layout.py).
     """
 
-    def __init__(
-        self, identity: Identity, superblock: Region, table: SparseTable, elements: SparseTable, pool: Pool
-    ) -> None:
+    def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
         self.identity = identity
         self.disksize = identity.disksize
         self.lock = threading.Lock()
@@ -81,9 +98,12 @@ class Device:
         self._compacting = threading.Lock()
         self.record = record(DeviceRecord.END)
         self._words = superblock.words
-        self._table = table
-        self._elements = elements
-        self._decompress = identity.codec.decompressor()
+        self._table = tables.entries
+        self._elements = tables.elements
+        self._accessed = tables.accessed
+        self._times = tables.accessed.region.halves
+        self._decompressors: list[Decompress | None] = []
+        self.note_codecs()
         self._huge_limit = pool.geometry.huge_limit
 
     def __enter__(self) -> None:
@@ -98,7 +118,17 @@ class Device:
 
     def stream(self, buffer: bytearray) -> Stream:
         """Return a stream for a thread that receives into `buffer`."""
-        return Stream(buffer, self.identity.codec, self._huge_limit)
+        return Stream(buffer, self._huge_limit, self.identity.algorithms, self.record[_GENERATION])
+
+    def note_codecs(self) -> None:
+        """Take notice of codecs that have changed. The caller holds the lock, or nobody else knows the device yet."""
+        codecs = self.identity.algorithms.codecs
+        self._decompressors = [chosen.decompressor() if chosen else None for chosen in codecs]
+        self.record[_GENERATION] += 1
+
+    def codec_pages(self, number: int) -> int:
+        """Return how many compressed pages have the codec of a number."""
+        return self.record[DeviceRecord.CODEC_PAGES + number]
 
     def read(self, offset: int, length: int, out: list[bytes | memoryview]) -> None:
         """Append `length` bytes from `offset` to `out`, as buffers that stay valid. The caller holds the lock.
@@ -127,15 +157,20 @@ class Device:
 
     def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
         """Append the pages `first` to `end` - 1 to `out`."""
-        ready, table, pool, decompress = self._table.ready, self._table.words, self.pool, self._decompress
+        ready, table, pool = self._table.ready, self._table.words, self.pool
+        timed, times, now = self._accessed.ready, self._times, uptime()
         before = len(out)
         for index in range(first, end):
             entry = table[index] if ready[index >> TABLE_CHUNK_SHIFT] else 0
             state = entry & _STATE_MASK
+            if entry and timed[index >> ACCESSED_CHUNK_SHIFT]:
+                times[index] = now
+            if entry & ENTRY_IDLE:
+                table[index] = entry & ~ENTRY_IDLE
             if state == _COMPRESSED:
                 data = pool.map(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
                 try:
-                    out.append(decompress(data))
+                    out.append(self.decompress(entry, data))
                 except CodecError as error:
                     del out[before:]
                     raise PageError(f"page {index} is damaged: {error}") from error
@@ -145,6 +180,17 @@ class Device:
                 out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
             else:
                 out.append(ZERO_PAGE)
+
+    def decompress(self, entry: int, data: memoryview) -> bytes:
+        """Return the page of an entry with these data. The caller holds the lock.
+
+        Raises:
+            CodecError: the data are damaged.
+        """
+        decompress = self._decompressors[codec_number(entry)]
+        if decompress is None:
+            raise CodecError("there is no such codec")
+        return decompress(data)
 
     def write(self, stream: Stream, start: int, length: int, offset: int, prepared: list[Prepared]) -> None:
         """Write `length` bytes, at `start` in the stream's buffer, to `offset`. The caller holds the lock.
@@ -158,11 +204,14 @@ class Device:
         """
         self._words[_WRITES] += 1
         self._words[_WRITE_SECTORS] += length >> 9
+        if stream.generation != self.record[_GENERATION]:
+            stream.choose(self.identity.algorithms, self.record[_GENERATION])
+            prepared = stream.prepare(start, length, offset)
         try:
             if not (offset | length) & _PAGE_MASK:
-                self._store(offset >> PAGE_SHIFT, prepared)
+                self._store(offset >> PAGE_SHIFT, prepared, stream.bits)
             else:
-                self._write_unaligned(offset, stream.view[start : start + length], prepared)
+                self._write_unaligned(offset, stream.view[start : start + length], prepared, stream.bits)
         except NoMemoryError as error:
             self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
@@ -170,11 +219,11 @@ class Device:
             self._words[Superblock.FAILED_WRITES] += 1
             raise
 
-    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared]) -> None:
+    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared], bits: int) -> None:
         head, whole_end = whole_pages(offset, len(data))
         if head:
             self._modify(offset, data[:head])
-        self._store((offset + head) >> PAGE_SHIFT, prepared)
+        self._store((offset + head) >> PAGE_SHIFT, prepared, bits)
         if whole_end < len(data):
             self._modify(offset + whole_end, data[whole_end:])
 
@@ -183,17 +232,29 @@ class Device:
         index, start = divmod(offset, PAGE_SIZE)
         old: list[bytes | memoryview] = []
         self._load(index, index + 1, old)
-        page = self._scratch.view
+        scratch = self._scratch
+        if scratch.generation != self.record[_GENERATION]:
+            scratch.choose(self.identity.algorithms, self.record[_GENERATION])
+        page = scratch.view
         page[:] = old[0]
         page[start : start + len(data)] = data
-        self._store(index, self._scratch.prepare(0, PAGE_SIZE, 0))
+        self._store(index, scratch.prepare(0, PAGE_SIZE, 0), scratch.bits)
 
-    def _store(self, index: int, prepared: list[Prepared]) -> None:
-        """Store pages from `index` on: new object first, then the entry, then the old object goes."""
+    def _store(self, index: int, prepared: list[Prepared], bits: int) -> None:
+        """Store pages from `index` on: new object first, then the entry, then the old object goes.
+
+        `bits` tell their codec.
+        """
+        last = index + len(prepared) - 1
+        for chunk in range(index >> ACCESSED_CHUNK_SHIFT, (last >> ACCESSED_CHUNK_SHIFT) + 1):
+            if not self._accessed.ready[chunk]:
+                self._accessed.make_ready(chunk)
+        self._times[index : last + 1] = array("I", [uptime()]) * len(prepared)
         chunk, last = index >> TABLE_CHUNK_SHIFT, index + len(prepared) - 1 >> TABLE_CHUNK_SHIFT
         if chunk != last or not self._table.ready[chunk]:
             self._table.make_ready(chunk, last)
         table, pool, record, pool_record = self._table.words, self.pool, self.record, self.pool.record
+        pages_of_codec = _CODEC_PAGES + codec_number(bits)
         for page in prepared:
             if isinstance(page, int):
                 if page:
@@ -214,7 +275,8 @@ class Device:
                     record[_HUGE_PAGES] += 1
                     self._words[Superblock.HUGE_PAGES_SINCE] += 1
                 else:
-                    entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle
+                    entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle | bits
+                    record[pages_of_codec] += 1
                 record[_COMPR_DATA_SIZE] += length
             old = table[index]
             table[index] = entry
@@ -223,6 +285,7 @@ class Device:
             elif old & _STATE_MASK == _COMPRESSED:
                 pool.free(old & ENTRY_HANDLE_MASK)
                 record[_COMPR_DATA_SIZE] -= old >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+                record[_CODEC_PAGES + codec_number(old)] -= 1
             else:
                 self._release(old)
             index += 1
@@ -247,6 +310,8 @@ class Device:
         self.record[_COMPR_DATA_SIZE] -= entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
         if state == _HUGE_STATE:
             self.record[_HUGE_PAGES] -= 1
+        else:
+            self.record[_CODEC_PAGES + codec_number(entry)] -= 1
 
     def discard(self, offset: int, length: int) -> None:
         """Free the whole pages in a range; they read as zeros. The caller holds the lock.
@@ -283,7 +348,7 @@ class Device:
             if head:
                 self._modify(offset, memoryview(bytes(head)))
             if keep and whole_end > head:
-                self._store(offset + head >> PAGE_SHIFT, [0] * (whole_end - head >> PAGE_SHIFT))
+                self._store(offset + head >> PAGE_SHIFT, [0] * (whole_end - head >> PAGE_SHIFT), 0)
             if whole_end < length:
                 self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
         except NoMemoryError as error:
@@ -294,6 +359,55 @@ class Device:
             raise
         if not keep:
             self.discard(offset, length)
+
+    def chunks(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield (first page, entries) of each chunk of the page table that is in use. The caller holds the lock."""
+        pages = self.disksize >> PAGE_SHIFT
+        for chunk in range(len(self._table.ready)):
+            if self._table.ready[chunk]:
+                low = chunk << TABLE_CHUNK_SHIFT
+                yield low, self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
+
+    def entry(self, index: int) -> int:
+        """Return the entry of a page. The caller holds the lock."""
+        return self._table.words[index] if self._table.ready[index >> TABLE_CHUNK_SHIFT] else 0
+
+    def replace_entry(self, index: int, entry: int) -> None:
+        """Change flags in the entry of a page, which is not empty. The caller holds the lock."""
+        self._table.words[index] = entry
+
+    def access_times(self, first: int, count: int) -> list[int]:
+        """Return when pages of a chunk were last read or written, 0 if that is not known. The caller holds the lock."""
+        if not self._accessed.ready[first >> ACCESSED_CHUNK_SHIFT]:
+            return [0] * count
+        return self._times[first : first + count].tolist()
+
+    def class_index(self, length: int) -> int:
+        """Return the index of the size class that the kernel looks up for an object of so many bytes.
+
+        Without the header, as zs_lookup_class_index does.
+        """
+        return self.pool.geometry.lookup(length)
+
+    def page_compressor(self, chosen: Codec, page: bytearray) -> Callable[[], bytes]:
+        """Return a function that compresses what is in `page`, for one thread."""
+        compress = chosen.compressor(page)
+        return lambda: bytes(compress(0))
+
+    def restore(self, index: int, stored: bytes, bits: int) -> None:
+        """Store a page anew, compressed otherwise. Limit and high-water mark take no notice (Linux 6.18).
+
+        The caller holds the lock.
+
+        Raises:
+            NoMemoryError: there is no room; the page is as it was.
+        """
+        old = self._table.words[index]
+        handle = self.pool.malloc(len(stored), stored)
+        self._table.words[index] = _COMPRESSED | len(stored) << ENTRY_SIZE_SHIFT | handle | bits
+        self.record[_COMPR_DATA_SIZE] += len(stored)
+        self.record[_CODEC_PAGES + codec_number(bits)] += 1
+        self._release(old)
 
     def set_mem_limit(self, limit: int) -> None:
         """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""
@@ -377,12 +491,8 @@ class Device:
 
     def entries(self) -> Iterator[tuple[int, int]]:
         """Yield (page, entry) of each page that is not empty. The caller holds the lock."""
-        pages = self.disksize >> PAGE_SHIFT
-        for chunk, ready in enumerate(self._table.ready):
-            if ready:
-                low = chunk << TABLE_CHUNK_SHIFT
-                chunk_entries = self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
-                yield from ((index, entry) for index, entry in enumerate(chunk_entries, low) if entry)
+        for first, entries in self.chunks():
+            yield from ((index, entry) for index, entry in enumerate(entries, first) if entry)
 
     def _scan(self) -> Iterator[tuple[int, int]]:
         """Check and count every entry, and yield (handle, length) of those that hold an object."""
@@ -397,7 +507,13 @@ class Device:
                 continue
             if state == _HUGE_STATE and length == PAGE_SIZE:
                 self.record[_HUGE_PAGES] += 1
-            elif state != _COMPRESSED or not 0 < length < self._huge_limit:
+            elif (
+                state != _COMPRESSED
+                or not 0 < length < self._huge_limit
+                or self.identity.algorithms.codecs[codec_number(entry)] is None
+            ):
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
+            else:
+                self.record[_CODEC_PAGES + codec_number(entry)] += 1
             self.record[_COMPR_DATA_SIZE] += length
             yield entry & ENTRY_HANDLE_MASK, length

@@ -70,47 +70,64 @@ def zstd_version():
     return ZSTD_versionString().decode()
 
 
+cdef struct CodecState:
+    # The contexts with which one thread compresses and decompresses pages; `bound`: the most bytes that one may become.
+    Algorithm algorithm
+    int level
+    const char *dictionary
+    int dictionary_bytes
+    LZ4_stream_t *lz4
+    LZ4_streamHC_t *lz4hc
+    ZSTD_CCtx *compressor
+    ZSTD_DCtx *decompressor
+    int bound
+
+
 cdef class Codec:
-    """The contexts with which one thread compresses and decompresses pages. Built from a codec of the Python engine.
+    """The state of a codec for one thread. Built from a codec of the Python engine; it may be only for decompressing."""
 
-    `bound` is the most bytes that a page may become.
-    """
-
-    cdef Algorithm algorithm
-    cdef int level
+    cdef CodecState state
     cdef bytes dictionary
-    cdef const char *dictionary_start
-    cdef int dictionary_bytes
-    cdef LZ4_stream_t *lz4
-    cdef LZ4_streamHC_t *lz4hc
-    cdef ZSTD_CCtx *compressor
-    cdef ZSTD_DCtx *decompressor
-    cdef int bound
 
-    def __cinit__(self, codec):
-        self.algorithm = _ALGORITHMS[codec.name]
-        self.level = codec.level
+    def __cinit__(self, codec, bint compressing=True):
+        cdef CodecState *state = &self.state
+        state.algorithm = _ALGORITHMS[codec.name]
+        state.level = codec.level
         self.dictionary = codec.dictionary
-        self.dictionary_start = self.dictionary
-        self.dictionary_bytes = len(self.dictionary)
-        self.bound = max(LZ4_compressBound(Z_PAGE_SIZE), ZSTD_compressBound(Z_PAGE_SIZE))
-        if self.algorithm == LZ4:
-            self.lz4 = LZ4_createStream()
-        elif self.algorithm == LZ4HC:
-            self.lz4hc = LZ4_createStreamHC()
+        state.dictionary = self.dictionary
+        state.dictionary_bytes = len(self.dictionary)
+        state.bound = max(LZ4_compressBound(Z_PAGE_SIZE), ZSTD_compressBound(Z_PAGE_SIZE))
+        if state.algorithm == ZSTD:
+            self._make_decompressor()
+        if not compressing:
+            return
+        if state.algorithm == LZ4:
+            state.lz4 = LZ4_createStream()
+        elif state.algorithm == LZ4HC:
+            state.lz4hc = LZ4_createStreamHC()
         else:
-            self._make_zstd()
-        if self.lz4 == NULL and self.lz4hc == NULL and (self.compressor == NULL or self.decompressor == NULL):
+            self._make_compressor()
+        if state.lz4 == NULL and state.lz4hc == NULL and state.compressor == NULL:
             raise MemoryError
 
-    def _make_zstd(self):
-        self.compressor = ZSTD_createCCtx()
-        self.decompressor = ZSTD_createDCtx()
-        if self.compressor == NULL or self.decompressor == NULL:
+    def _make_decompressor(self):
+        cdef CodecState *state = &self.state
+        state.decompressor = ZSTD_createDCtx()
+        if state.decompressor == NULL:
+            raise MemoryError
+        if state.dictionary_bytes and ZSTD_isError(
+            ZSTD_DCtx_loadDictionary_byReference(state.decompressor, state.dictionary, state.dictionary_bytes)
+        ):
+            raise ValueError("the dictionary is damaged")
+
+    def _make_compressor(self):
+        cdef CodecState *state = &self.state
+        state.compressor = ZSTD_createCCtx()
+        if state.compressor == NULL:
             return
-        cdef ZSTD_compressionParameters chosen = ZSTD_getCParams(self.level, Z_PAGE_SIZE, self.dictionary_bytes)
+        cdef ZSTD_compressionParameters chosen = ZSTD_getCParams(state.level, Z_PAGE_SIZE, state.dictionary_bytes)
         for parameter, value in (
-            (ZSTD_c_compressionLevel, self.level),
+            (ZSTD_c_compressionLevel, state.level),
             (ZSTD_c_windowLog, chosen.windowLog),
             (ZSTD_c_hashLog, chosen.hashLog),
             (ZSTD_c_chainLog, chosen.chainLog),
@@ -120,62 +137,65 @@ cdef class Codec:
             (ZSTD_c_strategy, chosen.strategy),
             (ZSTD_c_dictIDFlag, 0),
         ):
-            if ZSTD_isError(ZSTD_CCtx_setParameter(self.compressor, parameter, value)):
-                raise ValueError(f"libzstd does not take level {self.level}")
-        cdef const char *start = self.dictionary_start
-        cdef size_t size = self.dictionary_bytes
-        if size and (
-            ZSTD_isError(ZSTD_CCtx_loadDictionary_byReference(self.compressor, start, size))
-            or ZSTD_isError(ZSTD_DCtx_loadDictionary_byReference(self.decompressor, start, size))
+            if ZSTD_isError(ZSTD_CCtx_setParameter(state.compressor, parameter, value)):
+                raise ValueError(f"libzstd does not take level {state.level}")
+        if state.dictionary_bytes and ZSTD_isError(
+            ZSTD_CCtx_loadDictionary_byReference(state.compressor, state.dictionary, state.dictionary_bytes)
         ):
             raise ValueError("the dictionary is damaged")
 
     def __dealloc__(self):
-        LZ4_freeStream(self.lz4)
-        LZ4_freeStreamHC(self.lz4hc)
-        ZSTD_freeCCtx(self.compressor)
-        ZSTD_freeDCtx(self.decompressor)
+        LZ4_freeStream(self.state.lz4)
+        LZ4_freeStreamHC(self.state.lz4hc)
+        ZSTD_freeCCtx(self.state.compressor)
+        ZSTD_freeDCtx(self.state.decompressor)
 
     def compress_page(self, page):
         """Return a page (in a writable buffer) compressed."""
         cdef const uint8_t *source = <const uint8_t *>address(page)
-        cdef bytes out = PyBytes_FromStringAndSize(NULL, self.bound)
-        return out[: self.compress(source, <uint8_t *><char *>out)]
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, self.state.bound)
+        cdef uint8_t *target = <uint8_t *><char *>out
+        cdef uint32_t size
+        with nogil:
+            size = compress(&self.state, source, target)
+        return out[:size]
 
-    cdef uint32_t compress(self, const uint8_t *page, uint8_t *target) noexcept nogil:
-        """Compress a page to at most `bound` bytes. Return how many, or a page's bytes if the library failed."""
-        cdef const char *source = <const char *>page
-        cdef char *out = <char *>target
-        cdef size_t size
-        cdef int count
-        if self.algorithm == ZSTD:
-            size = ZSTD_compress2(self.compressor, target, self.bound, page, Z_PAGE_SIZE)
-            return Z_PAGE_SIZE if ZSTD_isError(size) else <uint32_t>size
-        if self.algorithm == LZ4:
-            if self.dictionary_bytes:
-                LZ4_loadDict(self.lz4, self.dictionary_start, self.dictionary_bytes)
-                count = LZ4_compress_fast_continue(self.lz4, source, out, Z_PAGE_SIZE, self.bound, self.level)
-            else:
-                count = LZ4_compress_fast_extState(self.lz4, source, out, Z_PAGE_SIZE, self.bound, self.level)
-        elif self.dictionary_bytes:
-            LZ4_resetStreamHC_fast(self.lz4hc, self.level)
-            LZ4_loadDictHC(self.lz4hc, self.dictionary_start, self.dictionary_bytes)
-            count = LZ4_compress_HC_continue(self.lz4hc, source, out, Z_PAGE_SIZE, self.bound)
-        else:
-            count = LZ4_compress_HC_extStateHC(self.lz4hc, source, out, Z_PAGE_SIZE, self.bound, self.level)
-        return count if count > 0 else Z_PAGE_SIZE
 
-    cdef bint decompress(self, const uint8_t *data, uint32_t length, uint8_t *page) noexcept nogil:
-        """Say whether data decompress to one page, which is then at `page`."""
-        cdef const char *source = <const char *>data
-        cdef char *out = <char *>page
-        cdef int count
-        if self.algorithm == ZSTD:
-            return ZSTD_decompressDCtx(self.decompressor, page, Z_PAGE_SIZE, data, length) == Z_PAGE_SIZE
-        if self.dictionary_bytes:
-            count = LZ4_decompress_safe_usingDict(
-                source, out, length, Z_PAGE_SIZE, self.dictionary_start, self.dictionary_bytes
-            )
+cdef uint32_t compress(CodecState *codec, const uint8_t *page, uint8_t *target) noexcept nogil:
+    """Compress a page to at most `bound` bytes. Return how many, or a page's bytes if the library failed."""
+    cdef const char *source = <const char *>page
+    cdef char *out = <char *>target
+    cdef size_t size
+    cdef int count
+    if codec.algorithm == ZSTD:
+        size = ZSTD_compress2(codec.compressor, target, codec.bound, page, Z_PAGE_SIZE)
+        return Z_PAGE_SIZE if ZSTD_isError(size) else <uint32_t>size
+    if codec.algorithm == LZ4:
+        if codec.dictionary_bytes:
+            LZ4_loadDict(codec.lz4, codec.dictionary, codec.dictionary_bytes)
+            count = LZ4_compress_fast_continue(codec.lz4, source, out, Z_PAGE_SIZE, codec.bound, codec.level)
         else:
-            count = LZ4_decompress_safe(source, out, length, Z_PAGE_SIZE)
-        return count == <int>Z_PAGE_SIZE
+            count = LZ4_compress_fast_extState(codec.lz4, source, out, Z_PAGE_SIZE, codec.bound, codec.level)
+    elif codec.dictionary_bytes:
+        LZ4_resetStreamHC_fast(codec.lz4hc, codec.level)
+        LZ4_loadDictHC(codec.lz4hc, codec.dictionary, codec.dictionary_bytes)
+        count = LZ4_compress_HC_continue(codec.lz4hc, source, out, Z_PAGE_SIZE, codec.bound)
+    else:
+        count = LZ4_compress_HC_extStateHC(codec.lz4hc, source, out, Z_PAGE_SIZE, codec.bound, codec.level)
+    return count if count > 0 else Z_PAGE_SIZE
+
+
+cdef bint decompress(CodecState *codec, const uint8_t *data, uint32_t length, uint8_t *page) noexcept nogil:
+    """Say whether data decompress to one page, which is then at `page`."""
+    cdef const char *source = <const char *>data
+    cdef char *out = <char *>page
+    cdef int count
+    if codec.algorithm == ZSTD:
+        return ZSTD_decompressDCtx(codec.decompressor, page, Z_PAGE_SIZE, data, length) == Z_PAGE_SIZE
+    if codec.dictionary_bytes:
+        count = LZ4_decompress_safe_usingDict(
+            source, out, length, Z_PAGE_SIZE, codec.dictionary, codec.dictionary_bytes
+        )
+    else:
+        count = LZ4_decompress_safe(source, out, length, Z_PAGE_SIZE)
+    return count == <int>Z_PAGE_SIZE

@@ -3,12 +3,16 @@
 cdef enum:
     DAMAGED = 0xFFFFFFFF  # in place of a length
 
+cdef enum Table:
+    ENTRIES, ELEMENTS, ACCESSED
+
 cdef struct Page:
     # What a page is stored as, or was: `length` bytes at `data`; or, with length 0, the pattern of a same-filled page.
     # A page's length is a raw page.
     const uint8_t *data
     uint64_t pattern
     uint32_t length
+    uint32_t codec  # by number, where it was loaded
 
 
 cdef class Device:
@@ -16,6 +20,8 @@ cdef class Device:
 
     cdef object page_table
     cdef object elements_table
+    cdef object accessed_table
+    cdef object algorithms
     cdef tuple owners
     cdef Lock lock
     cdef Pool pool
@@ -23,27 +29,32 @@ cdef class Device:
     cdef uint8_t *table_ready
     cdef uint64_t *elements
     cdef uint8_t *elements_ready
+    cdef uint32_t *accessed
+    cdef uint8_t *accessed_ready
     cdef uint64_t *superblock
     cdef uint64_t *record
     cdef uint32_t huge_limit
 
-    def __cinit__(self, device, superblock, table, elements):
-        self.page_table, self.elements_table = table, elements
+    def __cinit__(self, device, superblock, tables):
+        table, elements, accessed = tables.entries, tables.elements, tables.accessed
+        self.page_table, self.elements_table, self.accessed_table = table, elements, accessed
         self.owners = device.record, superblock
         self.lock = device.lock
+        self.algorithms = device.identity.algorithms
         self.pool = Pool(device.pool)
         self.table = <uint64_t *>address(table.region.map)
         self.table_ready = <uint8_t *>address(table.ready)
         self.elements = <uint64_t *>address(elements.region.map)
         self.elements_ready = <uint8_t *>address(elements.ready)
+        self.accessed = <uint32_t *>address(accessed.region.map)
+        self.accessed_ready = <uint8_t *>address(accessed.ready)
         self.superblock = <uint64_t *>address(superblock.map)
         self.record = <uint64_t *>address(device.record)
         self.huge_limit = device.pool.geometry.huge_limit
 
-    cdef bint _make_ready(self, bint elements, uint64_t chunk, uint64_t last) noexcept with gil:
-        table = self.elements_table if elements else self.page_table
+    cdef bint _make_ready(self, Table which, uint64_t chunk, uint64_t last) noexcept with gil:
         try:
-            table.make_ready(chunk, last)
+            (self.page_table, self.elements_table, self.accessed_table)[which].make_ready(chunk, last)
             return True
         except BaseException as error:
             return self.pool._failed(error)
@@ -67,23 +78,26 @@ cdef class Device:
             return False
         return True
 
-    cdef bint store(self, uint64_t index, const Page *pages, uint64_t count) noexcept nogil:
-        """Store pages from `index` on. Return false if there is no room for one: see the pool's text."""
+    cdef bint store(self, uint64_t index, const Page *pages, uint64_t count, uint64_t bits) noexcept nogil:
+        """Store pages from `index` on; `bits` tell their codec. Return false if there is no room: see the pool's text."""
         cdef uint64_t chunk = index >> Z_TABLE_CHUNK_SHIFT
         cdef uint64_t last = (index + count - 1) >> Z_TABLE_CHUNK_SHIFT
         cdef const Page *end = pages + count
         cdef uint64_t entry, handle, old
+        cdef uint64_t pages_of_codec = Z_DEVICE_RECORD_CODEC_PAGES + codec_number(bits)
         cdef uint8_t *payload
         if not count:
             return True
-        if (chunk != last or not self.table_ready[chunk]) and not self._make_ready(False, chunk, last):
+        if (chunk != last or not self.table_ready[chunk]) and not self._make_ready(ENTRIES, chunk, last):
+            return False
+        if not self.note_access(index, count):
             return False
         while pages < end:
             if not pages.length:
                 entry = Z_PAGE_STATE_SAME_FILLED << Z_ENTRY_STATE_SHIFT
                 if pages.pattern:
                     if not self.elements_ready[index >> Z_TABLE_CHUNK_SHIFT]:
-                        if not self._make_ready(True, index >> Z_TABLE_CHUNK_SHIFT, index >> Z_TABLE_CHUNK_SHIFT):
+                        if not self._make_ready(ELEMENTS, index >> Z_TABLE_CHUNK_SHIFT, index >> Z_TABLE_CHUNK_SHIFT):
                             return False
                     self.elements[index] = pages.pattern
                     step("element-stored")
@@ -104,7 +118,8 @@ cdef class Device:
                     self.record[Z_DEVICE_RECORD_HUGE_PAGES] += 1
                     self.superblock[Z_SUPERBLOCK_HUGE_PAGES_SINCE] += 1
                 else:
-                    entry |= Z_PAGE_STATE_COMPRESSED << Z_ENTRY_STATE_SHIFT
+                    entry |= Z_PAGE_STATE_COMPRESSED << Z_ENTRY_STATE_SHIFT | bits
+                    self.record[pages_of_codec] += 1
                 self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] += pages.length
             old = self.table[index]
             store_entry(&self.table[index], entry)
@@ -114,6 +129,19 @@ cdef class Device:
             else:
                 self.record[Z_DEVICE_RECORD_PAGES_STORED] += 1
             pages += 1
+            index += 1
+        return True
+
+    cdef bint note_access(self, uint64_t index, uint64_t count) noexcept nogil:
+        """Note that pages are written now. Return false if there is no room to."""
+        cdef uint64_t chunk = index >> Z_ACCESSED_CHUNK_SHIFT
+        cdef uint64_t last = (index + count - 1) >> Z_ACCESSED_CHUNK_SHIFT
+        cdef uint32_t now = uptime()
+        cdef uint64_t end = index + count
+        if (chunk != last or not self.accessed_ready[chunk]) and not self._make_ready(ACCESSED, chunk, last):
+            return False
+        while index < end:
+            self.accessed[index] = now
             index += 1
         return True
 
@@ -127,23 +155,31 @@ cdef class Device:
         self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] -= entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
         if state == Z_PAGE_STATE_HUGE:
             self.record[Z_DEVICE_RECORD_HUGE_PAGES] -= 1
+        else:
+            self.record[Z_DEVICE_RECORD_CODEC_PAGES + codec_number(entry)] -= 1
 
     cdef void load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *position) noexcept nogil:
         """Copy what `count` pages from `index` on are stored as to `position`. Decompressing them needs no lock."""
         cdef Page *end = pages + count
         cdef const uint8_t *data
         cdef uint64_t entry, state
+        cdef uint32_t now = uptime()
         while pages < end:
             entry = self.table[index] if self.table_ready[index >> Z_TABLE_CHUNK_SHIFT] else 0
             state = entry >> Z_ENTRY_STATE_SHIFT & Z_ENTRY_STATE_MASK
             pages.length = 0
             pages.pattern = 0
+            if entry and self.accessed_ready[index >> Z_ACCESSED_CHUNK_SHIFT]:
+                self.accessed[index] = now
+            if entry & Z_ENTRY_IDLE:
+                store_entry(&self.table[index], entry & ~Z_ENTRY_IDLE)
             if state == Z_PAGE_STATE_COMPRESSED or state == Z_PAGE_STATE_HUGE:
                 data = self.pool.map(entry & Z_ENTRY_HANDLE_MASK)
                 if data == NULL:
                     pages.length = DAMAGED
                 else:
                     pages.length = entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
+                    pages.codec = codec_number(entry)
                     pages.data = position
                     memcpy(position, data, pages.length)
                     position += pages.length
@@ -178,7 +214,7 @@ cdef class Device:
         Raises:
             NoMemoryError: there is no room for a page.
         """
-        cdef bint stored = self.store(index, prepared.pages, prepared.count)
+        cdef bint stored = self.store(index, prepared.pages, prepared.count, prepared.bits)
         self.raise_error()
         if not stored:
             raise NoMemoryError(self.pool.text.decode())
@@ -199,6 +235,7 @@ cdef class Prepared:
 
     cdef Page *pages
     cdef uint64_t count
+    cdef uint64_t bits
     cdef uint8_t *data
 
     def __dealloc__(self):
@@ -209,28 +246,33 @@ cdef class Prepared:
 cdef class Stream:
     """What one thread compresses with, and the buffer that it compresses from: see zramd/device/stream.py.
 
-    `scratch` has room for as many pages as the buffer, compressed, and `pages` describes them.
+    `scratch` has room for as many pages as the buffer, compressed, and `pages` describes them. `codecs` are those of the
+    device, by number, of which `primary` compresses.
     """
 
     cdef readonly object buffer
     cdef readonly object view
     cdef Device device
-    cdef Codec codec
+    cdef list owners
+    cdef CodecState *codecs[8]
+    cdef CodecState *primary
+    cdef readonly uint64_t generation
+    cdef readonly uint64_t bits
     cdef uint8_t *start
     cdef uint64_t bytes
     cdef uint8_t *scratch
     cdef Page *pages
     cdef uint64_t capacity
 
-    def __cinit__(self, Device device, bytearray buffer, codec):
+    def __cinit__(self, Device device, bytearray buffer, algorithms):
         self.buffer = buffer
         self.view = memoryview(buffer)
         self.device = device
-        self.codec = Codec(codec)
+        self.choose(algorithms, device.record[Z_DEVICE_RECORD_GENERATION])
         self.start = <uint8_t *>address(buffer)
         self.bytes = len(buffer)
         self.capacity = self.bytes >> Z_PAGE_SHIFT
-        self.scratch = <uint8_t *>malloc(self.capacity * Z_PAGE_SIZE + self.codec.bound)
+        self.scratch = <uint8_t *>malloc(self.capacity * Z_PAGE_SIZE + self.primary.bound)
         self.pages = <Page *>calloc(self.capacity + 1, sizeof(Page))
         if self.scratch == NULL or self.pages == NULL:
             raise MemoryError
@@ -238,6 +280,22 @@ cdef class Stream:
     def __dealloc__(self):
         free(self.scratch)
         free(self.pages)
+
+    def choose(self, algorithms, uint64_t generation):
+        """Take the codecs of a device, and compress with what is primary. The caller holds the lock."""
+        cdef Codec made
+        number = algorithms.number(0)
+        owners = []
+        for place, chosen in enumerate(algorithms.codecs):
+            self.codecs[place] = NULL
+            if chosen is not None:
+                made = Codec(chosen, place == number)
+                owners.append(made)
+                self.codecs[place] = &made.state
+        self.primary = self.codecs[number]
+        self.bits = entry_bits(number)
+        self.generation = generation
+        self.owners = owners
 
     cdef uint64_t prepare_pages(self, const uint8_t *page, uint64_t count, Page *pages, uint8_t *target) noexcept nogil:
         """Compress pages to `target`. Return the bytes used: a page's at most for each, and `bound` behind the last."""
@@ -248,7 +306,7 @@ cdef class Stream:
                 pages.length = 0
                 memcpy(&pages.pattern, page, Z_WORD)
             else:
-                pages.length = self.codec.compress(page, position)
+                pages.length = compress(self.primary, page, position)
                 if pages.length < self.device.huge_limit:
                     pages.data = position
                     position += pages.length
@@ -268,6 +326,7 @@ cdef class Stream:
         if count > self.capacity:
             raise ValueError(f"{count} pages are not in a buffer of {self.capacity}")
         prepared.count = count
+        prepared.bits = self.bits
         prepared.pages = <Page *>malloc(max(count, 1) * sizeof(Page))
         if prepared.pages == NULL:
             raise MemoryError
@@ -293,10 +352,10 @@ cdef class Stream:
             else:
                 for number in range(Z_PAGE_SIZE // Z_WORD):
                     memcpy(target + number * Z_WORD, &page.pattern, Z_WORD)
-        elif page.length == DAMAGED:
+        elif page.length == DAMAGED or self.codecs[page.codec] == NULL:
             return False
         else:
-            return self.codec.decompress(page.data, page.length, target)
+            return decompress(self.codecs[page.codec], page.data, page.length, target)
         return True
 
     def load_pages(self, uint64_t first, uint64_t end, list out, bytes zero_page):
@@ -308,6 +367,8 @@ cdef class Stream:
         cdef Page page
         cdef bytes whole
         cdef uint64_t index
+        if self.generation != self.device.record[Z_DEVICE_RECORD_GENERATION]:
+            self.choose(self.device.algorithms, self.device.record[Z_DEVICE_RECORD_GENERATION])
         for index in range(first, end):
             self.device.load(index, &page, 1, self.scratch)
             if page.length == 0 and page.pattern == 0:

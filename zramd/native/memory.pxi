@@ -3,7 +3,8 @@
 cdef extern from "layout.h" nogil:
     uint64_t Z_PAGE_SIZE, Z_PAGE_SHIFT, Z_WORD, Z_TABLE_CHUNK_SHIFT
     uint64_t Z_ENTRY_HANDLE_MASK, Z_ENTRY_SIZE_SHIFT, Z_ENTRY_SIZE_MASK, Z_ENTRY_STATE_SHIFT, Z_ENTRY_STATE_MASK
-    uint64_t Z_ENTRY_HAS_ELEMENT
+    uint64_t Z_ENTRY_HAS_ELEMENT, Z_ENTRY_IDLE, Z_ENTRY_PRIORITY_SHIFT, Z_ENTRY_PRIORITY_MASK, Z_ENTRY_ALTERNATE
+    uint64_t Z_ACCESSED_CHUNK_SHIFT, Z_PRIORITIES, Z_CODECS
     uint64_t Z_PAGE_STATE_SAME_FILLED, Z_PAGE_STATE_COMPRESSED, Z_PAGE_STATE_HUGE
     uint64_t Z_HANDLE_IN_USE, Z_HANDLE_INDEX_SHIFT, Z_HANDLE_INDEX_MASK, Z_HANDLE_CLASS_SHIFT, Z_HANDLE_CLASS_MASK
     uint64_t Z_HANDLE_ZSPAGE_SHIFT, Z_HEADER_IN_USE
@@ -14,7 +15,8 @@ cdef extern from "layout.h" nogil:
     uint64_t Z_POOL_RECORD_PAGES, Z_POOL_RECORD_FREE_HANDLE, Z_POOL_RECORD_NEXT_HANDLE, Z_POOL_RECORD_READY_HANDLES
     uint64_t Z_POOL_RECORD_LOW_HANDLE, Z_POOL_RECORD_WAKE
     uint64_t Z_DEVICE_RECORD_PAGES_STORED, Z_DEVICE_RECORD_COMPR_DATA_SIZE, Z_DEVICE_RECORD_SAME_PAGES
-    uint64_t Z_DEVICE_RECORD_HUGE_PAGES, Z_DEVICE_RECORD_NOTED_PAGES
+    uint64_t Z_DEVICE_RECORD_HUGE_PAGES, Z_DEVICE_RECORD_NOTED_PAGES, Z_DEVICE_RECORD_GENERATION
+    uint64_t Z_DEVICE_RECORD_CODEC_PAGES
     uint64_t Z_SUPERBLOCK_MEM_LIMIT, Z_SUPERBLOCK_MEM_USED_MAX, Z_SUPERBLOCK_HUGE_PAGES_SINCE
     uint64_t Z_SUPERBLOCK_FAILED_READS, Z_SUPERBLOCK_FAILED_WRITES, Z_SUPERBLOCK_NOTIFY_FREE
     uint64_t Z_SUPERBLOCK_READS, Z_SUPERBLOCK_READ_SECTORS, Z_SUPERBLOCK_WRITES, Z_SUPERBLOCK_WRITE_SECTORS
@@ -27,11 +29,20 @@ cdef extern from "layout.h" nogil:
 
 cdef extern from *:
     """
+    #include <time.h>
     /* What stands before it in the program is in memory before the entry, and what stands behind it is not: a process
        that is killed leaves its stores in this order. */
     static inline void store_entry(uint64_t *entry, uint64_t value) {
         __atomic_store_n(entry, value, __ATOMIC_RELEASE);
         __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    }
+    static inline uint32_t uptime(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_BOOTTIME, &now);
+        return (uint32_t)now.tv_sec;
+    }
+    static inline unsigned codec_number(uint64_t entry) {
+        return (entry >> Z_ENTRY_PRIORITY_SHIFT & Z_ENTRY_PRIORITY_MASK) + (entry & Z_ENTRY_ALTERNATE ? Z_PRIORITIES : 0);
     }
     static inline unsigned highest_bit(uint64_t bits) { return 63 - __builtin_clzll(bits); }
     static inline uint16_t get16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return __builtin_bswap16(v); }
@@ -42,6 +53,8 @@ cdef extern from *:
     static inline uint8_t *put64(uint8_t *p, uint64_t v) { v = __builtin_bswap64(v); memcpy(p, &v, 8); return p + 8; }
     """
     void store_entry(uint64_t *entry, uint64_t value) nogil
+    uint32_t uptime() nogil
+    unsigned codec_number(uint64_t entry) nogil
     unsigned highest_bit(uint64_t bits) nogil
     uint16_t get16(const uint8_t *p) nogil
     uint32_t get32(const uint8_t *p) nogil

@@ -9,6 +9,7 @@ cdef struct Request:
     uint64_t offset
     uint64_t length
     uint64_t page  # the first of its pages in the stream's
+    const uint8_t *payload  # of a write
     uint16_t command
     bint failed
 

@@ -199,18 +199,36 @@ cdef class Loop:
             request = &self.requests[self.count]
             request.cookie, request.offset, request.length = get64(header + 8), offset, length
             request.command, request.page, request.failed = command, pages, False
+            request.payload = header + self.header
             if is_write:
-                self.stream.prepare_pages(
-                    header + self.header,
-                    count,
-                    self.stream.pages + pages,
-                    self.stream.scratch + pages * Z_PAGE_SIZE,
-                )
+                self.prepare(request)
             pages += count
             room -= needed
             self.count += 1
             self.start = after
         return ENDED
+
+    cdef void prepare(self, const Request *request) noexcept nogil:
+        """Compress what a request writes."""
+        self.stream.prepare_pages(
+            request.payload,
+            request.length >> Z_PAGE_SHIFT,
+            self.stream.pages + request.page,
+            self.stream.scratch + request.page * Z_PAGE_SIZE,
+        )
+
+    cdef bint choose_codecs(self) noexcept with gil:
+        """Take the device's codecs anew, and compress anew what was compressed with an earlier one."""
+        cdef uint64_t number
+        try:
+            self.stream.choose(self.device.algorithms, self.device.record[Z_DEVICE_RECORD_GENERATION])
+        except BaseException as error:
+            self.error = error
+            return False
+        for number in range(self.count):
+            if self.requests[number].command == Z_COMMAND_WRITE:
+                self.prepare(&self.requests[number])
+        return True
 
     cdef bint is_common(self, unsigned flags, unsigned command, uint64_t offset, uint64_t length) noexcept nogil:
         """Say whether a request is for this loop, and right."""
@@ -252,6 +270,9 @@ cdef class Loop:
             pthread_mutex_unlock(mutex)
             return GONE
         self.owed = False
+        if self.stream.generation != self.device.record[Z_DEVICE_RECORD_GENERATION] and not self.choose_codecs():
+            pthread_mutex_unlock(mutex)
+            return FAILED
         while request < end:
             count = request.length >> Z_PAGE_SHIFT
             pages = self.stream.pages + request.page
@@ -263,7 +284,7 @@ cdef class Loop:
             elif request.command == Z_COMMAND_WRITE:
                 superblock[Z_SUPERBLOCK_WRITES] += 1
                 superblock[Z_SUPERBLOCK_WRITE_SECTORS] += request.length >> 9
-                if not self.device.store(request.offset >> Z_PAGE_SHIFT, pages, count):
+                if not self.device.store(request.offset >> Z_PAGE_SHIFT, pages, count, self.stream.bits):
                     superblock[Z_SUPERBLOCK_FAILED_WRITES] += 1
                     request.failed = True
                     snprintf(self.no_space, sizeof(self.no_space), "%s", self.device.pool.text)

@@ -11,6 +11,7 @@ from pathlib import Path
 from zramd import __version__
 from zramd.device import codecs
 from zramd.device.disk import Disk, UninitialisedError
+from zramd.layout import PRIORITIES
 from zramd.native import choose
 from zramd.reclaim import Measure
 from zramd.zsmalloc.stats import format_classes
@@ -60,8 +61,13 @@ def _debug_stat(_: Disk) -> str:
     return f"version: 1\n0 {0:8d}\n"
 
 
-def _comp_algorithm(disk: Disk) -> str:
-    return "".join(f"[{name}] " if name == disk.algorithm else f"{name} " for name in codecs.NAMES) + "\n"
+def _choices(chosen: str | None) -> str:
+    return "".join(f"[{name}] " if name == chosen else f"{name} " for name in codecs.NAMES) + "\n"
+
+
+def _recomp_algorithm(disk: Disk) -> str:
+    chosen = [(priority, disk.algorithm(priority)) for priority in range(1, PRIORITIES)]
+    return "".join(f"#{priority}: {_choices(name)}" for priority, name in chosen if name)
 
 
 _TEXTS: dict[str, Callable[[Disk], str]] = {
@@ -70,12 +76,13 @@ _TEXTS: dict[str, Callable[[Disk], str]] = {
     "debug_stat": _debug_stat,
     "stat": _stat,
     "disksize": lambda disk: f"{disk.disksize}\n",
-    "comp_algorithm": _comp_algorithm,
+    "comp_algorithm": lambda disk: _choices(disk.algorithm()),
+    "recomp_algorithm": _recomp_algorithm,
     "mem_limit": lambda disk: f"{disk.mm_stat().mem_limit}\n",
     "mem_used_max": lambda disk: f"{disk.mm_stat().mem_used_max}\n",
     "initstate": lambda disk: f"{int(disk.disksize != 0)}\n",
     "classes": lambda disk: format_classes(disk.class_stats()),
-    "codecs": lambda disk: codecs.describe(disk.algorithm),
+    "codecs": lambda disk: codecs.describe(disk.algorithm() or ""),
 }
 
 NAMES = (*_TEXTS, "json")
@@ -113,7 +120,8 @@ def everything(served: Served) -> dict[str, object]:
         "uuid": str(identity.uuid) if identity else None,
         "initstate": int(opened is not None),
         "disksize": disk.disksize,
-        "comp_algorithm": disk.algorithm,
+        "comp_algorithm": disk.algorithm(),
+        "recomp_algorithm": {priority: disk.algorithm(priority) for priority in range(1, PRIORITIES)},
         "level": identity.codec.level if identity else None,
         "dictionary_bytes": len(identity.codec.dictionary) if identity else 0,
         "engine": choose().value,

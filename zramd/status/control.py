@@ -1,7 +1,7 @@
 """The words that change a disk, as `NAME VALUE`, by the rules of the kernel's files of the same names.
 
-What each takes and refuses, and in which order: drivers/block/zram/zram_drv.c of Linux 6.18, but for algorithm_params,
-which is as in Linux 7.1.
+What each takes and refuses, and in which order: drivers/block/zram/zram_drv.c of Linux 6.18. But algorithms and their
+parameters may be changed at any time, since a page keeps what it was compressed with.
 """
 
 import errno
@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.recompression import Recompression
 from zramd.device.superblock import StateError
+from zramd.device.zram import PageError
+from zramd.layout import PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
 from zramd.sizes import memparse
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
@@ -46,14 +49,81 @@ def _set_algorithm(disk: Disk, value: str) -> None:
 
 def _set_parameters(disk: Disk, value: str) -> None:
     words = split_words(value)
-    if words.get("priority", "0") != "0":
-        raise ValueError(f"priority={words['priority']}: there is only the primary algorithm, priority 0")
+    priority = _priority(words, 0, 0)
+    if "algo" in words:
+        named = [number for number in range(PRIORITIES) if disk.algorithm(number) == words["algo"]]
+        if not named or ("priority" in words and priority not in named):
+            raise ValueError(f"{words['algo']} is not chosen: set comp_algorithm or recomp_algorithm first")
+        priority = priority if "priority" in words else named[0]
     try:
         parameters = parse_parameters(words)
     except OSError as error:
         # The kernel gives no other reason.
         raise ValueError(f"cannot read the dictionary {words['dict']}: {error.strerror}") from error
-    disk.set_parameters(parameters, words.get("algo"))
+    disk.set_parameters(parameters, priority)
+
+
+def _set_secondary(disk: Disk, value: str) -> None:
+    words = split_words(value)
+    priority = _priority(words, 1, 1)
+    if "algo" not in words:
+        raise ValueError("recomp_algorithm takes algo=NAME, and perhaps priority=1, 2 or 3")
+    disk.set_algorithm(words["algo"], priority)
+
+
+def _priority(words: dict[str, str], lowest: int, default: int) -> int:
+    priority = _number(words, "priority")
+    if priority is None:
+        return default
+    if not lowest <= priority < PRIORITIES:
+        raise ValueError(f"priority={priority} is not one of {lowest} to {PRIORITIES - 1}")
+    return priority
+
+
+def _number(words: dict[str, str], key: str) -> int | None:
+    """Return the value of a key, as kstrtouint with base 0 reads it, or None if it is not there."""
+    if key not in words:
+        return None
+    try:
+        return int(words[key], 0)
+    except ValueError:
+        raise ValueError(f"{key}={words[key]} is not a number") from None
+
+
+def _mark_idle(disk: Disk, value: str) -> None:
+    text = value.strip()
+    if text == "all":
+        disk.mark_idle(None)
+    elif re.fullmatch(r"[0-9]\w*", text):
+        disk.mark_idle(_number({"idle": text}, "idle"))
+    else:
+        raise ValueError("idle takes `all`, or the seconds for which a page was not touched")
+
+
+_TYPES = {"idle": (True, False), "huge": (False, True), "huge_idle": (True, True)}
+"""(idle, huge) for each type of page."""
+
+
+def parse_recompression(disk: Disk, value: str) -> Recompression:
+    """Read what `recompress` takes: type, threshold, max_pages, algo, priority.
+
+    Raises:
+        ValueError: it is none of that, or no such algorithm is chosen.
+    """
+    words = split_words(value)
+    kind = words.get("type")
+    if kind is not None and kind not in _TYPES:
+        raise ValueError(f"type={kind} is not idle, huge or huge_idle")
+    idle, huge = _TYPES[kind] if kind else (False, False)
+    priority = _number(words, "priority")
+    if "algo" in words:
+        named = [number for number in range(1, PRIORITIES) if disk.algorithm(number) == words["algo"]]
+        if not named:
+            raise ValueError(f"{words['algo']} is no algorithm to recompress with: set recomp_algorithm")
+        priority = named[0]
+    elif priority == 0:
+        priority = 1  # as the kernel corrects it
+    return Recompression(idle, huge, _number(words, "threshold") or 0, _number(words, "max_pages"), priority)
 
 
 def _reset(disk: Disk, value: str) -> None:
@@ -75,13 +145,16 @@ def _stop(served: Served, value: str) -> None:
     served.stop()
 
 
-_WORDS: dict[str, Callable[[Disk, str], None]] = {
+_WORDS: dict[str, Callable[[Disk, str], object]] = {
     "disksize": lambda disk, value: disk.initialise(memparse(value)),
     "comp_algorithm": _set_algorithm,
     "algorithm_params": _set_parameters,
     "mem_limit": lambda disk, value: disk.set_mem_limit(memparse(value)),
     "mem_used_max": _set_mem_used_max,
     "compact": lambda disk, _: disk.compact(),
+    "recomp_algorithm": _set_secondary,
+    "idle": _mark_idle,
+    "recompress": lambda disk, value: disk.recompress(parse_recompression(disk, value)),
     "grow": lambda disk, value: disk.grow(memparse(value)),
     "reset": _reset,
 }
@@ -110,7 +183,7 @@ def write(served: Served, name: str, value: str) -> None:
         raise AttributeRefusedError(f"EINVAL {error}") from error
     except NoMemoryError as error:
         raise AttributeRefusedError(f"ENOMEM {error}") from error
-    except RegionError as error:
+    except (RegionError, PageError) as error:
         raise AttributeRefusedError(f"EIO {error}") from error
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "EIO")

@@ -97,6 +97,11 @@ class Geometry:
             return self.classes[0]
         return self.classes[min(RAW_CLASSES - 1, -(-(needed - MIN_ALLOC) // CLASS_STEP))]
 
+    def lookup(self, length: int) -> int:
+        """Return the index of the class for `length` bytes with no header, as zs_lookup_class_index does."""
+        raw = 0 if length <= MIN_ALLOC else min(RAW_CLASSES - 1, -(-(length - MIN_ALLOC) // CLASS_STEP))
+        return self.classes[raw].index
+
 
 def geometry(chain_size: int = DEFAULT_CHAIN_SIZE, rule: FitRule = FitRule.LEAST_WASTE) -> Geometry:
     """Compute the classes for a chain size of 4 to 16 pages.

@@ -1,0 +1,29 @@
+"""Marking pages that nobody has touched, as Linux 6.18 does (mark_idle in zram_drv.c)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from zramd.layout import ENTRY_IDLE, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PageState
+
+if TYPE_CHECKING:
+    from zramd.device.zram import Device
+
+_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
+_IN_MEMORY = {state << ENTRY_STATE_SHIFT for state in (PageState.COMPRESSED, PageState.HUGE)}
+
+
+def mark_idle(device: "Device", cutoff: int | None) -> Iterator[None]:
+    """Mark pages as idle, in steps of a chunk of the page table; the caller holds the lock in each.
+
+    Those that were last touched before `cutoff`, in seconds of CLOCK_BOOTTIME, are idle and the others are not; None is
+    all. What has no object in memory (same-filled, written back) is left alone.
+    """
+    for first, entries in device.chunks():
+        times = device.access_times(first, len(entries)) if cutoff is not None else None
+        for offset, entry in enumerate(entries):
+            if entry & _STATE in _IN_MEMORY:
+                idle = times is None or times[offset] < (cutoff or 0)
+                wanted = entry | ENTRY_IDLE if idle else entry & ~ENTRY_IDLE
+                if wanted != entry:
+                    device.replace_entry(first + offset, wanted)
+        yield

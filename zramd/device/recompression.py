@@ -1,0 +1,180 @@
+"""Recompression: pages are compressed anew with a codec that takes longer and makes them smaller.
+
+Which pages, in which order, and what counts as a success is as in Linux 6.18 (recompress_store and recompress_slot in
+zram_drv.c). A page is decompressed and compressed without the device's lock; if it was touched meanwhile, it stays.
+"""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zramd.device.algorithms import codec_number, entry_bits
+from zramd.device.codecs import CodecError
+from zramd.device.slices import in_slices, pause
+from zramd.device.zram import Device, PageError
+from zramd.layout import (
+    ENTRY_HANDLE_MASK,
+    ENTRY_IDLE,
+    ENTRY_INCOMPRESSIBLE,
+    ENTRY_SIZE_MASK,
+    ENTRY_SIZE_SHIFT,
+    ENTRY_STATE_MASK,
+    ENTRY_STATE_SHIFT,
+    PAGE_SIZE,
+    PRIORITIES,
+    PageState,
+)
+
+BUCKET_BYTES = 64
+"""Pages whose stored sizes differ by less may be taken in any order (PP_BUCKET_SIZE_RANGE)."""
+BATCH = 8
+"""Pages taken and stored under one hold of the lock each."""
+
+_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
+_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
+_IN_MEMORY = {PageState.COMPRESSED << ENTRY_STATE_SHIFT, _HUGE}
+
+
+@dataclass(frozen=True, slots=True)
+class Recompression:
+    """Which pages to recompress.
+
+    Attributes:
+        idle, huge: only pages that are so; with both, that are both.
+        threshold: only objects of at least so many bytes, and only if they become smaller than that; 0: none.
+        max_pages: most attempts; None: all.
+        priority: the one codec to try; None: from the page's next on upwards, until one makes progress.
+    """
+
+    idle: bool = False
+    huge: bool = False
+    threshold: int = 0
+    max_pages: int | None = None
+    priority: int | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of it: pages tried and made smaller, and bytes (of objects) before and after of the latter."""
+
+    candidates: int = 0
+    tried: int = 0
+    recompressed: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def size_of(entry: int) -> int:
+    """Return the bytes of an entry's object."""
+    return entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+
+
+class Recompressor:
+    """Recompresses pages of a device in the calling thread; others may look at `outcome`, and set `cancelled`."""
+
+    def __init__(self, device: Device, order: Recompression) -> None:
+        self.outcome = Outcome()
+        self.cancelled = False
+        self._device = device
+        self._order = order
+        algorithms = device.identity.algorithms
+        self._codecs = algorithms.secondary
+        if order.priority is not None:
+            self._codecs = {order.priority: self._codecs[order.priority]}
+        self._numbers = {priority: algorithms.number(priority) for priority in self._codecs}
+        self._highest = max(algorithms.secondary)
+        self._page = bytearray(PAGE_SIZE)
+        self._compress = {
+            priority: device.page_compressor(chosen, self._page) for priority, chosen in self._codecs.items()
+        }
+
+    def run(self) -> Outcome:
+        """Recompress what there is.
+
+        Raises:
+            NoMemoryError: there is no room to store a page anew, before its old object can be freed.
+            PageError: a page is damaged.
+        """
+        buckets = [array("Q") for _ in range(PAGE_SIZE // BUCKET_BYTES + 1)]
+        in_slices(self._device, self._scan(buckets))
+        self.outcome.candidates = sum(map(len, buckets))
+        # The kernel takes the largest first, and of one bucket the page that was found last.
+        for bucket in reversed(buckets):
+            while bucket and not self.cancelled and not self._device.retired:
+                batch = bucket[-BATCH:]
+                del bucket[-BATCH:]
+                if not self._recompress(list(reversed(batch))):
+                    return self.outcome
+                pause()
+        return self.outcome
+
+    def _scan(self, buckets: list["array[int]"]) -> Iterator[None]:
+        for first, entries in self._device.chunks():
+            for offset, entry in enumerate(entries):
+                if self._is_candidate(entry):
+                    buckets[size_of(entry) // BUCKET_BYTES].append(first + offset)
+            yield
+
+    def _is_candidate(self, entry: int) -> bool:
+        state = entry & _STATE
+        return (
+            state in _IN_MEMORY
+            and not entry & ENTRY_INCOMPRESSIBLE
+            and codec_number(entry) % PRIORITIES < max(self._codecs)
+            and (not self._order.idle or bool(entry & ENTRY_IDLE))
+            and (not self._order.huge or state == _HUGE)
+        )
+
+    def _recompress(self, batch: list[int]) -> bool:
+        """Recompress some pages. Return whether there may be more."""
+        device, order = self._device, self._order
+        taken: list[tuple[int, int, bytes]] = []
+        with device:
+            if device.retired:
+                return False
+            for index in batch:
+                entry = device.entry(index)
+                if not self._is_candidate(entry) or size_of(entry) < order.threshold:
+                    continue
+                if order.max_pages is not None and self.outcome.tried >= order.max_pages:
+                    break
+                self.outcome.tried += 1
+                entry &= ~ENTRY_IDLE
+                device.replace_entry(index, entry)
+                taken.append((index, entry, device.pool.map(entry & ENTRY_HANDLE_MASK, size_of(entry)).tobytes()))
+        try:
+            done = [(index, entry, *self._try(entry, data)) for index, entry, data in taken]
+        except CodecError as error:
+            raise PageError(f"a page cannot be recompressed: {error}") from error
+        with device:
+            for index, entry, stored, priority in done:
+                if not device.retired and device.entry(index) == entry:
+                    self._store(index, entry, stored, priority)
+        return order.max_pages is None or self.outcome.tried < order.max_pages
+
+    def _try(self, entry: int, data: bytes) -> tuple[bytes | None, int]:
+        """Return a page compressed so that it makes progress, or None; and the priority that was tried last."""
+        device, threshold = self._device, self._order.threshold
+        self._page[:] = data if entry & _STATE == _HUGE else device.decompress(entry, memoryview(data))
+        tried = 0
+        for priority in sorted(self._codecs):
+            if priority <= codec_number(entry) % PRIORITIES:
+                continue
+            tried = priority
+            stored = self._compress[priority]()
+            if device.class_index(len(stored)) < device.class_index(size_of(entry)) and (
+                not threshold or len(stored) < threshold
+            ):
+                return stored, priority
+        return None, tried
+
+    def _store(self, index: int, entry: int, stored: bytes | None, priority: int) -> None:
+        """Publish what was compressed anew, or that nothing came of it. The caller holds the lock."""
+        if stored is None:
+            if priority == self._highest:
+                self._device.replace_entry(index, entry | ENTRY_INCOMPRESSIBLE)
+            return
+        self._device.restore(index, stored, entry_bits(self._numbers[priority]))
+        self.outcome.recompressed += 1
+        self.outcome.bytes_before += size_of(entry)
+        self.outcome.bytes_after += len(stored)
