@@ -341,8 +341,6 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, option: str) -> 
     ("options", "word"),
     [
         (["--size", "32M"], str(16 << 20)),
-        (["--algorithm", "lz4"], "zstd"),
-        (["--algorithm", "zstd(level=9)"], "level 3"),
         (["--chain-size", "4"], "chain size 8"),
     ],
 )
@@ -355,6 +353,17 @@ def test_kept_contents_are_not_served_as_something_else(tmp_path: Path, options:
     assert_refused(zramd("serve", "--state", state, *paths, *options), 1, str(state), word)
     server = start_server(tmp_path, "--size", "16M", "--state", str(state), volatile=False)
     assert holds(server.unix)
+    assert server.stop() == (0, "")
+
+
+def test_kept_contents_keep_their_algorithm_when_another_is_asked_for(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    server = start_server(tmp_path, "--size", "16M", "--algorithm", "zstd", "--state", str(state), volatile=False)
+    write_and_check(server.unix)
+    assert server.stop() == (0, "")
+    server = start_server(tmp_path, "--algorithm", "lz4hc(level=4)", "--state", str(state), volatile=False)
+    assert holds(server.unix)
+    assert "[lz4hc]" in server.ask("comp_algorithm")
     assert server.stop() == (0, "")
 
 

@@ -191,7 +191,6 @@ def test_kept_state_is_found_again_without_being_asked_for(state: Path) -> None:
     ("wanted", "complaint"),
     [
         (Wanted(disksize=32 << 20), "16777216 bytes"),
-        (Wanted(codec=codec("zstd")), "lz4 level 1"),
         (Wanted(chain_size=4), "chain size 8"),
     ],
 )

@@ -88,6 +88,14 @@ class BrokenStream:
             length -= PAGE_SIZE
         return self._stream.prepare(start, length, offset)  # type: ignore[attr-defined]
 
+    @property
+    def generation(self) -> int:
+        return self._stream.generation  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def bits(self) -> int:
+        return self._stream.bits  # type: ignore[attr-defined, no-any-return]
+
     def load_pages(self, first: int, end: int, out: list[bytes], zero_page: bytes) -> None:
         self._stream.load_pages(first, end, out, zero_page)  # type: ignore[attr-defined]
         if self._wrong == "flips a bit":
@@ -128,8 +136,8 @@ def forgets_one(pool: Pool, objects: Iterator[tuple[int, int]]) -> None:
     recover(pool, objects)
 
 
-def miscounts(device: Device, index: int, prepared: object) -> None:
-    store(device, index, prepared)  # type: ignore[arg-type]
+def miscounts(device: Device, *stored: object) -> None:
+    store(device, *stored)  # type: ignore[arg-type]
     device.record[DeviceRecord.SAME_PAGES] += 1
 
 
