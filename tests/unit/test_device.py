@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.property.test_device import make_data, read, write
-from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.superblock import StateError
 from zramd.device.zram import NoSpaceError, PageError
