@@ -11,13 +11,13 @@ page. What is done about it, each where the process may:
     memory lock  mlockall
 
 IO flusher and real time are each thread's own; new threads and processes inherit them from the one that starts them.
+
+It imports next to nothing: what is loaded is locked.
 """
 
 import ctypes
 import gc
 import os
-from dataclasses import dataclass
-from pathlib import Path
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER = 57, 58
@@ -37,12 +37,14 @@ PRIORITY = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True)
 class Measure:
     """One of the things that can be done; `missing` says in a few words what it would need, "" if it is in force."""
 
-    name: str
-    missing: str
+    __slots__ = ("missing", "name")
+
+    def __init__(self, name: str, missing: str) -> None:
+        self.name = name
+        self.missing = missing
 
     @property
     def in_force(self) -> bool:
@@ -104,10 +106,12 @@ def lock_memory() -> Measure:
 def spare_from_oom() -> Measure:
     """Have the kernel choose another process when it is out of memory."""
     name = "OOM score"
-    file = Path("/proc/self/oom_score_adj")
     try:
-        if int(file.read_text()) > -1000:
-            file.write_text("-1000")
+        with open("/proc/self/oom_score_adj") as file:
+            score = int(file.read())
+        if score > -1000:
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("-1000")
     except OSError as error:
         return Measure(name, f"{error.strerror}: needs CAP_SYS_RESOURCE, or OOMScoreAdjust=-1000")
     return Measure(name, "")
