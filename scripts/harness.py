@@ -16,8 +16,10 @@ from types import FrameType
 from typing import Self
 
 from zramd.attach.attachment import AttachError
-from zramd.attach.kernel import NbdDevice, has_nbd
+from zramd.attach.kernel import NbdDevice
 from zramd.attach.loop import LoopDevice
+from zramd.attach.module import has_nbd
+from zramd.attach.order import Order
 from zramd.device.counters import MmStat
 from zramd.status.client import StatusError, ask
 
@@ -303,7 +305,7 @@ def serve(
     server = Server.start(directory, *options)
     undo.callback(server.stop)
     server.wait_ready(interrupt)
-    device = NbdDevice.attach(server.socket) if has_nbd() else LoopDevice.attach(server.socket)
+    device = NbdDevice.attach(Order([str(server.socket)], "")) if has_nbd() else LoopDevice.attach(server.socket)
     undo.callback(device.detach)
     return server, device
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from zramd import noswap
 from zramd.activation import activated, standard_input
-from zramd.attach.kernel import has_nbd
+from zramd.attach.module import has_nbd
 from zramd.attach.swaps import swaps_of
 from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk

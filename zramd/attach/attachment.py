@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Self
 
+from zramd.attach.sysfs import BlockDevice
+
 # Root by `su` has no sbin on its PATH, and losetup lies there.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
@@ -55,18 +57,29 @@ def require_root() -> None:
         raise NotRootError("attaching a block device needs root: run this again with sudo")
 
 
+def claim(device: Path) -> int:
+    """Open `device` so that nobody can mount it or swap to it until the descriptor is closed.
+
+    Detaching would not fail for a device that is in use: a loop device waits for its user, an NBD device fails its
+    user's I/O.
+
+    Raises:
+        InUseError: somebody uses it.
+    """
+    try:
+        return os.open(device, os.O_RDONLY | os.O_EXCL)
+    except OSError as error:
+        users = ", ".join(BlockDevice(device.name).users()) or error.strerror
+        raise InUseError(f"{device} is in use ({users}): unmount it or swapoff first") from error
+
+
 def require_unused(device: Path) -> None:
     """Check that nobody has mounted `device` or swaps to it.
-
-    Detaching would not fail for it: a loop device waits for its user, an NBD device fails its user's I/O.
 
     Raises:
         InUseError: somebody does.
     """
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
-    except OSError as error:
-        raise InUseError(f"{device} is in use ({error.strerror}): unmount it or swapoff first") from error
+    os.close(claim(device))
 
 
 def find_tool(name: str, package: str) -> str:

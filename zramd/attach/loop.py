@@ -4,6 +4,7 @@ Containers and small virtual machines often have FUSE and loop devices but no nb
 page cache from holding a second, uncompressed copy of everything the device stores.
 """
 
+import os
 import subprocess
 import tempfile
 import time
@@ -21,6 +22,8 @@ from zramd.attach.attachment import (
     require_unused,
     run_tool,
 )
+from zramd.attach.swaps import nbdfuse_pid_file
+from zramd.attach.sysfs import BlockDevice, block_devices
 from zramd.layout import PAGE_SIZE
 
 _POLL_SECONDS = 0.02
@@ -46,15 +49,17 @@ class LoopDevice(Attachment):
     _nbdfuse: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def attach(cls, export: Path | str, timeout: float = 10.0) -> Self:
+    def attach(cls, export: Path | str, parent: Path | None = None, timeout: float = 10.0) -> Self:
         """Attach the export at a Unix socket (a `Path`) or at an NBD URI (a `str`).
+
+        What it takes lies in a directory of its own in `parent`, by default that for temporary files.
 
         Raises:
             AttachError: it cannot be attached, and nothing is left behind.
         """
         _require_machine()
         # The kernel reports backing files with symbolic links resolved, and _loops compares with that.
-        device = cls(Path(tempfile.mkdtemp(prefix="zramd-loop-")).resolve())
+        device = cls(Path(tempfile.mkdtemp(prefix="zramd-loop-", dir=parent)).resolve())
         try:
             device._mount(export, timeout)
             device._set_up_loop()
@@ -65,6 +70,18 @@ class LoopDevice(Attachment):
                 error.add_note(str(left))
             raise
         return device
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Return the attachment that gave the loop device at a path, whoever made it.
+
+        Raises:
+            AttachError: none did.
+        """
+        backing = BlockDevice(path.name).read("loop/backing_file") or ""
+        if not backing or not os.path.exists(nbdfuse_pid_file(backing)):
+            raise AttachError(f"{path} is no loop device that zramd attach has made: use losetup -d")
+        return cls(Path(nbdfuse_pid_file(backing)).parent)
 
     @property
     def path(self) -> Path:
@@ -167,6 +184,7 @@ class LoopDevice(Attachment):
 
     def _end_nbdfuse(self, deadline: float) -> None:
         if self._nbdfuse is None:
+            self._wait_for_nbdfuse(deadline)
             return
         # Unmounted, it ends by itself; one that never came to mount has nothing to lose.
         if not self._pid_file.exists():
@@ -176,6 +194,12 @@ class LoopDevice(Attachment):
         except subprocess.TimeoutExpired:
             self._nbdfuse.kill()
             self._nbdfuse.wait()
+
+    def _wait_for_nbdfuse(self, deadline: float) -> None:
+        """Wait until an nbdfuse that is not this process's child has left the server."""
+        pid = self._pid_file.read_text().strip() if self._pid_file.exists() else ""
+        while pid and _is_nbdfuse(Path("/proc", pid, "comm")):
+            _wait_until(deadline, f"nbdfuse does not end: kill {pid} and detach again")
 
     def _remove_directory(self) -> None:
         # Not a recursive removal: that would reach into an export that is still mounted.
@@ -196,6 +220,23 @@ def _require_machine() -> None:
         raise NoFuseError("there is no /dev/fuse: modprobe fuse, or give it to the container")
     if not Path("/dev/loop-control").exists():
         raise NoFreeLoopError("there is no /dev/loop-control: modprobe loop, or give it to the container")
+
+
+def _is_nbdfuse(comm: Path) -> bool:
+    try:
+        return comm.read_text() == "nbdfuse\n"
+    except OSError:
+        return False  # it has ended
+
+
+def attached_loop_devices() -> list[Path]:
+    """Return the loop devices that zramd has attached."""
+    found = []
+    for device in block_devices("loop"):
+        backing = device.read("loop/backing_file")
+        if backing and os.path.exists(nbdfuse_pid_file(backing)):
+            found.append(Path(device.path))
+    return found
 
 
 def _wait_until(deadline: float, complaint: str) -> None:

@@ -15,6 +15,10 @@ _VERBS = {
     "grow": "zramd.cli.control:grow",
     "reset": "zramd.cli.control:reset",
     "stop": "zramd.cli.control:stop",
+    "attach": "zramd.cli.attach:attach",
+    "detach": "zramd.cli.attach:detach",
+    "swapon": "zramd.cli.swap:swapon",
+    "swapoff": "zramd.cli.swap:swapoff",
     "doctor": "zramd.cli.doctor:doctor",
     "version": "zramd.cli.version:version",
 }

@@ -1,0 +1,124 @@
+"""`zramd swapon` and `swapoff`: swapping to an attached device, and not any more."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from zramd.attach.attachment import AttachError, find_tool, last_line, require_root, require_unused, run_tool
+from zramd.attach.kernel import attached_nbd_devices
+from zramd.attach.loop import attached_loop_devices
+from zramd.attach.swaps import read_swaps
+from zramd.cli.attach import DEVICE, attached_device
+from zramd.sizes import format_size
+
+PROGRESS_SECONDS = 0.2
+MAX_PRIORITY = 32767
+
+
+@click.command()
+@click.argument("device", type=DEVICE, required=False)
+@click.option(
+    "--priority",
+    type=click.IntRange(0, MAX_PRIORITY),
+    default=100,
+    show_default=True,
+    help="Of two swap areas, the one with the higher priority is used first.",
+)
+@click.option("--no-discard", is_flag=True, help="Do not tell the server which pages have been freed.")
+@click.option("--force", is_flag=True, help="Even if there is something on DEVICE; it is lost.")
+def swapon(device: Path | None, priority: int, no_discard: bool, force: bool) -> None:
+    """Make a swap area of DEVICE, by default the one that is attached, and swap to it.
+
+    Refused if there is a file system on it, or a partition table. The server should run with --swap.
+
+    \b
+    Example:
+      zramd swapon
+    """
+    try:
+        require_root()
+        chosen = device or attached_device()
+        require_unused(chosen)
+        found = run_tool([find_tool("wipefs", "util-linux"), "--no-act", "--noheadings", "--output", "TYPE", chosen])
+        if (kinds := set(found.split()) - {"swap"}) and not force:
+            raise AttachError(f"there is something on {chosen} ({', '.join(sorted(kinds))}): --force makes swap of it")
+        run_tool([find_tool("mkswap", "util-linux"), *(["--force"] if force else []), chosen])
+        options = [f"--priority={priority}", *([] if no_discard else ["--discard"])]
+        run_tool([find_tool("swapon", "mount"), *options, chosen])
+    except AttachError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.command()
+@click.argument("device", type=DEVICE, required=False)
+def swapoff(device: Path | None) -> None:
+    """Stop swapping to DEVICE, by default the attached one that is swapped to. On a terminal, show what is left.
+
+    All that was swapped out has to go back into memory, or into other swap. Ctrl-C stops that; what is left then stays
+    swapped out, and nothing is lost.
+
+    \b
+    Example:
+      zramd swapoff && zramd detach /dev/nbd0
+    """
+    try:
+        require_root()
+        chosen = device or _swapped_device()
+        # A session of its own: Ctrl-C is for this process, which passes it on.
+        child = subprocess.Popen(
+            [find_tool("swapoff", "mount"), chosen],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        errors = _wait(child, chosen)
+        if child.returncode:
+            left = _bytes_left(chosen)
+            still = (
+                "" if left is None else f"; {format_size(left)} of {chosen} are left, and it goes on being swapped to"
+            )
+            raise AttachError(f"{errors}{still}")
+    except AttachError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _swapped_device() -> Path:
+    """Return the one attached device that is swapped to."""
+    attached = {*attached_nbd_devices(), *attached_loop_devices()}
+    swapped = [Path(swap.path) for swap in read_swaps() if Path(swap.path) in attached]
+    if len(swapped) != 1:
+        there_are = (
+            f"there are {' '.join(map(str, swapped))}" if swapped else "none that zramd has attached is swapped to"
+        )
+        raise AttachError(f"which device? {there_are}")
+    return swapped[0]
+
+
+def _bytes_left(device: Path) -> int | None:
+    """Return how much is swapped out to a device, None if it is no swap area."""
+    return next((swap.used for swap in read_swaps() if swap.path == str(device)), None)
+
+
+def _wait(child: subprocess.Popen[str], device: Path) -> str:
+    """Wait for swapoff, show what is left, and stop it if asked to. Return why it failed, if it did."""
+    shows = sys.stderr.isatty()
+    stopped = False
+    while True:
+        try:
+            _, errors = child.communicate(timeout=PROGRESS_SECONDS if shows else None)
+            break
+        except subprocess.TimeoutExpired:
+            left = _bytes_left(device)
+            if left is not None:
+                click.echo(f"\r{format_size(left):>8} left ", nl=False, err=True)
+        except KeyboardInterrupt:
+            # It ends in the middle of its system call, which leaves the rest where it was.
+            stopped = True
+            child.terminate()
+    if shows:
+        click.echo("\r\x1b[K", nl=False, err=True)
+    return "swapoff was stopped" if stopped else f"swapoff failed: {last_line(errors)}"
