@@ -7,7 +7,6 @@ what is swapped out would be lost. `supervisor.HAND_OVER` stops it in any case.
 import gc
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -27,7 +26,6 @@ from zramd.device.disk import Disk
 from zramd.device.opening import DEFAULT_ALGORITHM
 from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
-from zramd.layout import PAGE_SIZE
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
 from zramd.log import logging_aside
 from zramd.memory import NoMemoryError, RegionError, is_memory_backed
@@ -285,21 +283,11 @@ class _Daemon:
             yield f"status:  zramd status --status {first.status}"
 
     def _attach_command(self) -> str | None:
-        """Return what a user may paste to get a block device: by the kernel's NBD client, or by nbdfuse and loop."""
-        if self._settings.tls.mode is TlsMode.REQUIRE or not (self._unix or self._settings.tcp):
+        """Return what a user may paste to get a block device, None where the kernel cannot have one."""
+        if self._settings.tls.mode is TlsMode.REQUIRE or not self._uris(self._settings.disks[0].name):
             return None
-        if has_nbd():
-            if self._unix:
-                return f"nbd-client -unix {shlex.quote(str(self._unix[0].path))} /dev/nbd0 -b {PAGE_SIZE}"
-            host, port = self._settings.tcp[0]
-            return f"nbd-client {host} {port} /dev/nbd0 -b {PAGE_SIZE}"
-        first = self._settings.disks[0].name
-        place = self._unix[0].path if self._unix else make_runtime_directory() / first
-        directory = shlex.quote(str(place.with_suffix(".mnt")))
-        return (
-            f"mkdir -p {directory}; nbdfuse {directory}/nbd '{self._uris(first)[0]}' & "
-            f"sleep 1; losetup --find --show --direct-io=on --sector-size={PAGE_SIZE} {directory}/nbd"
-        )
+        how = "" if has_nbd() else " --fuse"
+        return f"zramd attach{how} --uri '{self._uris(self._settings.disks[0].name)[0]}'"
 
 
 def _socket_names(settings: Settings, disk: DiskSettings) -> tuple[str, str]:

@@ -15,6 +15,8 @@ import pytest
 
 from tests.conftest import ServerProcess, wait_until_served
 from tests.nbd_bytes import READ, REPLY_BYTES, SIMPLE, TRIM, connect, receive, reply
+from zramd.attach.attachment import MissingToolError, NotRootError
+from zramd.attach.loop import LoopDevice, NoFreeLoopError, NoFuseError
 from zramd.layout import PAGE_SIZE
 from zramd.status.client import StatusError
 
@@ -233,6 +235,44 @@ def test_locked_memory_follows_what_is_stored(supervised: Supervised) -> None:
         assert receive(sock, REPLY_BYTES) == reply(1)
     assert supervised.mm_stat()[2] == 0
     wait_for(lambda: resident(supervised.server) < empty + (8 << 20))
+
+
+@pytest.fixture
+def swapped(supervised: Supervised) -> Iterator[tuple[Supervised, Path]]:
+    """Swap to a server, with hardly any need."""
+    try:
+        device = LoopDevice.attach(supervised.unix)
+    except (NotRootError, MissingToolError, NoFuseError, NoFreeLoopError) as error:
+        pytest.skip(str(error))
+    with device:
+        path = device.path
+        command([sys.executable, "-m", "zramd", "swapon", str(path), "--priority", "0"])
+        yield supervised, path
+        if str(path) in Path("/proc/swaps").read_text():
+            command([sys.executable, "-m", "zramd", "swapoff", str(path)])
+
+
+def command(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_server_is_not_stopped_while_the_machine_swaps_to_it(swapped: tuple[Supervised, Path]) -> None:
+    supervised, device = swapped
+    server = supervised.server
+    assert json.loads(supervised.ask("json"))["swaps"] == [str(device)]
+    with pytest.raises(StatusError, match=f"EBUSY {device} is swapped to: swapoff first"):
+        supervised.ask("stop 1")
+    supervised.process.terminate()
+    assert supervised.process.stderr is not None
+    line = supervised.process.stderr.readline()
+    assert line == f"zramd: not stopped, since the machine swaps to {device}: swapoff first (zramd swapoff)\n"
+    assert supervised.server == server
+    assert supervised.answers()
+    command([sys.executable, "-m", "zramd", "swapoff", str(device)])
+    # What was refused is done now.
+    supervised.process.communicate(timeout=30)
+    assert supervised.process.returncode == 0
 
 
 def faults(pid: int) -> dict[str, int]:
