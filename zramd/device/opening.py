@@ -130,12 +130,13 @@ class OpenDevice:
         else:
             superblock.populate(0, PAGE_SIZE)
         pages = identity.disksize >> PAGE_SHIFT
-        self._table = table = SparseTable(self._open(_PAGE_TABLE, round_up_to_page(pages * WORD)))
+        table = SparseTable(self._open(_PAGE_TABLE, round_up_to_page(pages * WORD)))
         elements_region = self._open("elements", round_up_to_page(pages * WORD))
         if not self.recovered:
             elements_region.punch(0, PAGE_SIZE)  # to find out now whether the file system can
         elements = SparseTable(elements_region)
         accessed = SparseTable(self._open_new("accessed", round_up_to_page(pages * ACCESSED_BYTES)))
+        self._tables = table, accessed
         pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
         make = NativeDevice if choose() is Engine.NATIVE else Device
         device = make(identity, superblock, Tables(table, elements, accessed), pool)
@@ -206,7 +207,8 @@ class OpenDevice:
     def _populate_ahead(self) -> Ahead:
         for region in self.regions:
             region.map_data()
-        self._table.make_all_ready()
+        for table in self._tables:
+            table.make_all_ready()
         ahead = Ahead(self.device.pool, self.device.lock)
         ahead.start()
         return ahead
