@@ -28,7 +28,7 @@ SANITIZERS = {
     ],
     "thread": ["-fsanitize=thread"],
 }
-NEEDED = "gcc, liblz4-dev, libzstd-dev and the headers of Python"
+NEEDED = "gcc, liblz4-dev, libzstd-dev, libxxhash-dev and the headers of Python"
 
 
 def constants(module: Path) -> dict[str, int]:

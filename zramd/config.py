@@ -206,6 +206,7 @@ def _disk(table: Table) -> DiskSettings:
             disksize=table.take("size", _size(0), None),
             codec=table.take("compression-algorithm", lambda value: parse_codec(_string(value)), None),
             chain_size=table.take("chain-size", _number(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE), None),
+            integrity=table.take("integrity", _boolean, False),
         ),
         mem_limit=table.take("resident-limit", _size(0), None),
         state=state,

@@ -319,7 +319,7 @@ def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
     wanted = settings.wanted
     if swap and settings.state is not None:
         noswap.mount(settings.state)
-    disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap)
+    disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap, integrity=wanted.integrity)
     if wanted.disksize != 0:
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
         _try_out(disk.open(wanted).device.identity.codec)

@@ -9,6 +9,7 @@ is private memory of the process and is rebuilt at start.
     elements     8 bytes a page     the fill pattern of a same-filled page whose pattern is not zero; sparse
     accessed     4 bytes a page     when the page was last read or written, in seconds of CLOCK_BOOTTIME; sparse
     handles      8 bytes a handle   where an object lies now; compaction changes this word and nothing else
+    checksums    8 bytes a handle   XXH3 of an object's payload, only with INTEGRITY; stored before the page's entry
     arena1..N    k pages a zspage   zspages of k pages, back to back: zspage z starts at byte z * k * 4096
     dictionaryN  bytes              the dictionary of codec N, if it has one
 
@@ -125,6 +126,7 @@ class Superblock(IntEnum):
     FIRST_DISKSIZE = 9  # bytes, before the device grew; 0: it never did
     BOOT_ID = 10  # two words: the boot under which the regions are in use; 0: they were left in order
     ALTERNATES = 12  # a bit for each priority: whether its codec now is the one with the higher number
+    FEATURES = 13  # bits: see INTEGRITY
     CODECS = 16  # eight times six words
     # Lifetime counters.
     MEM_USED_MAX = 64  # pages
@@ -200,6 +202,8 @@ class DeviceRecord(IntEnum):
     END = CODEC_PAGES + CODECS
 
 
+INTEGRITY = 1
+"""In FEATURES: each object has a checksum."""
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")
 VERSION = 1
 CODEC_WORDS = 6

@@ -118,7 +118,7 @@ class DeviceMachine(RuleBasedStateMachine):
         return self.opened.device
 
     def _open(self) -> OpenDevice:
-        wanted = Wanted(disksize=SIZE, codec=codec(self.algorithm))
+        wanted = Wanted(disksize=SIZE, codec=codec(self.algorithm), integrity=self.algorithm == "zstd")
         return OpenDevice(RegionStore(Path(self.directory.name) / "state"), wanted)
 
     @initialize(kind=contents, seed=st.integers(0, 5))

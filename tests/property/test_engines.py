@@ -73,7 +73,8 @@ def same_library(made: Codec) -> Codec:
 
 def open_device(chosen: native.Engine, made: Codec) -> OpenDevice:
     with using(chosen):
-        return OpenDevice(RegionStore(None), Wanted(disksize=SIZE, codec=same_library(made)))
+        wanted = Wanted(disksize=SIZE, codec=same_library(made), integrity=made.level % 2 == 1)
+        return OpenDevice(RegionStore(None), wanted)
 
 
 def regions(opened: OpenDevice) -> dict[str, bytes]:

@@ -58,6 +58,9 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     help=f"Most pages in a zspage. Default: {DEFAULT_CHAIN_SIZE}.",
 )
 @click.option(
+    "--integrity", is_flag=True, help="Give each stored page a checksum; a page that was damaged in memory is an error."
+)
+@click.option(
     "--swap",
     is_flag=True,
     help="For swapping to: locks and populates memory ahead, runs in real time, and a supervisor restarts the server.",
@@ -81,6 +84,7 @@ def serve(
     volatile: bool,
     mem_limit: int | None,
     chain_size: int | None,
+    integrity: bool,
     swap: bool,
     check: bool,
 ) -> None:
@@ -113,7 +117,7 @@ def serve(
                 disks=(
                     DiskSettings(
                         name=DEVICE_NAME,
-                        wanted=Wanted(size, algorithm, chain_size),
+                        wanted=Wanted(size, algorithm, chain_size, integrity=integrity),
                         mem_limit=mem_limit,
                         state=state,
                         status=status,

@@ -38,14 +38,23 @@ class UninitialisedError(Exception):
 class Disk:
     """A disk called `name` whose regions lie in `directory` (None: in memfds that die with the process).
 
-    If it is for `swap`, its memory is populated ahead of need.
+    If it is for `swap`, its memory is populated ahead of need; with `integrity`, each stored page has a checksum.
 
     `opened` is the device and its regions, None while the disk is uninitialised. Methods that change the disk exclude
     each other; those that only look wait for nobody but the device's lock.
     """
 
-    def __init__(self, name: str, directory: Path | None, chain_size: int | None = None, *, swap: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path | None,
+        chain_size: int | None = None,
+        *,
+        swap: bool = False,
+        integrity: bool = False,
+    ) -> None:
         self.name = name
+        self._integrity = integrity
         self._swap = swap
         self.opened: OpenDevice | None = None
         self._directory = directory
@@ -212,7 +221,10 @@ class Disk:
         with self._control:
             self._require_uninitialised()
             chosen = {priority: self._make(priority) for priority in self._chosen}
-            opened = self._open_device(Wanted(disksize, chosen.pop(PRIMARY), self._chain_size, secondary=chosen))
+            primary = chosen.pop(PRIMARY)
+            opened = self._open_device(
+                Wanted(disksize, primary, self._chain_size, secondary=chosen, integrity=self._integrity)
+            )
             opened.device.set_mem_limit(self._mem_limit)
             self.opened = opened
 

@@ -38,7 +38,7 @@ _SUPERBLOCK, _PAGE_TABLE = "superblock", "page_table"
 class Wanted:
     """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
 
-    `secondary` has the codecs to recompress with, by priority.
+    `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made.
     """
 
     disksize: int | None = None
@@ -46,6 +46,7 @@ class Wanted:
     chain_size: int | None = None
     grow: bool = False
     secondary: dict[int, Codec] = field(default_factory=dict)
+    integrity: bool = False
 
 
 class CodecInUseError(Exception):
@@ -137,7 +138,7 @@ class OpenDevice:
         elements = SparseTable(elements_region)
         accessed = SparseTable(self._open_new("accessed", round_up_to_page(pages * ACCESSED_BYTES)))
         self._tables = table, accessed
-        pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open)
+        pool = Pool(geometry(identity.chain_size, identity.rule), pages, self._open, checksums=identity.integrity)
         make = NativeDevice if choose() is Engine.NATIVE else Device
         device = make(identity, superblock, Tables(table, elements, accessed), pool)
         if self.recovered:
@@ -311,7 +312,7 @@ def _new_identity(wanted: Wanted) -> Identity:
         raise StateError(f"a disk of {disksize} bytes is too large: at most {limit} with chain size {chain_size}")
     codecs: list[Codec | None] = [wanted.codec or codec(DEFAULT_ALGORITHM)]
     codecs += [wanted.secondary.get(priority) for priority in range(1, PRIORITIES)]
-    return Identity(disksize, Algorithms(codecs), chain_size, rule, uuid.uuid4())
+    return Identity(disksize, Algorithms(codecs), chain_size, rule, uuid.uuid4(), wanted.integrity)
 
 
 def _dictionary(number: int) -> str:

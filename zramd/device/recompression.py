@@ -13,7 +13,6 @@ from zramd.device.codecs import CodecError
 from zramd.device.slices import in_slices, pause
 from zramd.device.zram import Device, PageError
 from zramd.layout import (
-    ENTRY_HANDLE_MASK,
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
     ENTRY_SIZE_MASK,
@@ -127,12 +126,24 @@ class Recompressor:
 
     def _recompress(self, batch: list[int]) -> bool:
         """Recompress some pages. Return whether there may be more."""
+        device = self._device
+        try:
+            taken = self._take(batch)
+            done = [(index, entry, *self._try(entry, data)) for index, entry, data in taken]
+        except CodecError as error:
+            raise PageError(f"a page cannot be recompressed: {error}") from error
+        with device:
+            for index, entry, stored, priority in done:
+                if not device.retired and device.entry(index) == entry:
+                    self._store(index, entry, stored, priority)
+        return self._order.max_pages is None or self.outcome.tried < self._order.max_pages
+
+    def _take(self, batch: list[int]) -> list[tuple[int, int, bytes]]:
+        """Return (page, entry, object) of those that are still candidates."""
         device, order = self._device, self._order
         taken: list[tuple[int, int, bytes]] = []
         with device:
-            if device.retired:
-                return False
-            for index in batch:
+            for index in [] if device.retired else batch:
                 entry = device.entry(index)
                 if not self._is_candidate(entry) or size_of(entry) < order.threshold:
                     continue
@@ -141,16 +152,8 @@ class Recompressor:
                 self.outcome.tried += 1
                 entry &= ~ENTRY_IDLE
                 device.replace_entry(index, entry)
-                taken.append((index, entry, device.pool.map(entry & ENTRY_HANDLE_MASK, size_of(entry)).tobytes()))
-        try:
-            done = [(index, entry, *self._try(entry, data)) for index, entry, data in taken]
-        except CodecError as error:
-            raise PageError(f"a page cannot be recompressed: {error}") from error
-        with device:
-            for index, entry, stored, priority in done:
-                if not device.retired and device.entry(index) == entry:
-                    self._store(index, entry, stored, priority)
-        return order.max_pages is None or self.outcome.tried < order.max_pages
+                taken.append((index, entry, device.stored(entry).tobytes()))
+        return taken
 
     def _try(self, entry: int, data: bytes) -> tuple[bytes | None, int]:
         """Return a page compressed so that it makes progress, or None; and the priority that was tried last."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zramd.device.algorithms import Algorithms, DamagedCodecError, ReadDictionary, load_algorithms, store_codec
 from zramd.device.codecs import Codec
-from zramd.layout import MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
+from zramd.layout import INTEGRITY, MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
 from zramd.zsmalloc import FitRule, geometry
 
 UUID_WORDS = 2
@@ -20,13 +20,17 @@ class StateError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The parts of a device that its regions depend on. `disksize` is in bytes, a multiple of 4096."""
+    """The parts of a device that its regions depend on.
+
+    `disksize` is in bytes, a multiple of 4096; with `integrity`, each object has a checksum.
+    """
 
     disksize: int
     algorithms: Algorithms
     chain_size: int
     rule: FitRule
     uuid: uuid.UUID
+    integrity: bool = False
 
     @property
     def codec(self) -> Codec:
@@ -41,6 +45,7 @@ def store_identity(words: memoryview, identity: Identity) -> None:
     words[Superblock.DISKSIZE] = identity.disksize
     words[Superblock.CHAIN_SIZE] = identity.chain_size
     words[Superblock.FIT_RULE] = identity.rule
+    words[Superblock.FEATURES] = INTEGRITY * identity.integrity
     _store_bytes(words, Superblock.UUID, identity.uuid.bytes)
     for number, chosen in enumerate(identity.algorithms.codecs):
         store_codec(words, number, chosen)
@@ -60,6 +65,8 @@ def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identit
         raise StateError("the superblock is not zramd's, or damaged")
     if words[Superblock.VERSION] != VERSION or words[Superblock.PAGE_SIZE] != PAGE_SIZE:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
+    if words[Superblock.FEATURES] & ~INTEGRITY:
+        raise StateError(f"the device has features ({words[Superblock.FEATURES]:#x}) that this zramd does not know")
     try:
         geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
@@ -67,6 +74,7 @@ def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identit
             algorithms=load_algorithms(words, read_dictionary),
             chain_size=words[Superblock.CHAIN_SIZE],
             rule=FitRule(words[Superblock.FIT_RULE]),
+            integrity=bool(words[Superblock.FEATURES] & INTEGRITY),
             uuid=uuid.UUID(bytes=_load_bytes(words, Superblock.UUID, UUID_WORDS)),
         )
     except (ValueError, DamagedCodecError) as error:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from xxhash import xxh3_64_intdigest
+
 from zramd.device.algorithms import codec_number
 from zramd.device.codecs import Codec, CodecError, Decompress
 from zramd.device.counters import IoStat, MmStat, RequestStat
@@ -105,6 +107,7 @@ class Device:
         self._decompressors: list[Decompress | None] = []
         self.note_codecs()
         self._huge_limit = pool.geometry.huge_limit
+        self._checksums = pool.checksum_region.words if pool.checksum_region else None
 
     def __enter__(self) -> None:
         self.lock.acquire()
@@ -157,7 +160,7 @@ class Device:
 
     def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
         """Append the pages `first` to `end` - 1 to `out`."""
-        ready, table, pool = self._table.ready, self._table.words, self.pool
+        ready, table = self._table.ready, self._table.words
         timed, times, now = self._accessed.ready, self._times, uptime()
         before = len(out)
         for index in range(first, end):
@@ -167,19 +170,29 @@ class Device:
                 times[index] = now
             if entry & ENTRY_IDLE:
                 table[index] = entry & ~ENTRY_IDLE
-            if state == _COMPRESSED:
-                data = pool.map(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
+            if state in (_COMPRESSED, _HUGE_STATE):
                 try:
-                    out.append(self.decompress(entry, data))
+                    data = self.stored(entry)
+                    out.append(self.decompress(entry, data) if state == _COMPRESSED else data.tobytes())
                 except CodecError as error:
                     del out[before:]
                     raise PageError(f"page {index} is damaged: {error}") from error
-            elif state == _HUGE_STATE:
-                out.append(pool.map(entry & ENTRY_HANDLE_MASK, PAGE_SIZE).tobytes())
             elif state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
                 out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
             else:
                 out.append(ZERO_PAGE)
+
+    def stored(self, entry: int) -> memoryview:
+        """Return a view of the object of an entry. The caller holds the lock.
+
+        Raises:
+            CodecError: it is not what was stored.
+        """
+        handle = entry & ENTRY_HANDLE_MASK
+        data = self.pool.map(handle, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
+        if self._checksums is not None and self._checksums[handle] != xxh3_64_intdigest(data):
+            raise CodecError("its checksum is wrong")
+        return data
 
     def decompress(self, entry: int, data: memoryview) -> bytes:
         """Return the page of an entry with these data. The caller holds the lock.
@@ -268,6 +281,8 @@ class Device:
             else:
                 length = len(page)
                 handle = pool.malloc(length, page)
+                if self._checksums is not None:
+                    self._checksums[handle] = xxh3_64_intdigest(page)
                 if pool_record[_POOL_PAGES] > record[_NOTED_PAGES]:
                     self._note_use(handle)
                 if length == PAGE_SIZE:
@@ -404,6 +419,8 @@ class Device:
         """
         old = self._table.words[index]
         handle = self.pool.malloc(len(stored), stored)
+        if self._checksums is not None:
+            self._checksums[handle] = xxh3_64_intdigest(stored)
         self._table.words[index] = _COMPRESSED | len(stored) << ENTRY_SIZE_SHIFT | handle | bits
         self.record[_COMPR_DATA_SIZE] += len(stored)
         self.record[_CODEC_PAGES + codec_number(bits)] += 1

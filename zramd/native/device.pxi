@@ -11,6 +11,7 @@ cdef struct Page:
     # A page's length is a raw page.
     const uint8_t *data
     uint64_t pattern
+    uint64_t checksum  # of the data, where the device has checksums
     uint32_t length
     uint32_t codec  # by number, where it was loaded
 
@@ -31,6 +32,7 @@ cdef class Device:
     cdef uint8_t *elements_ready
     cdef uint32_t *accessed
     cdef uint8_t *accessed_ready
+    cdef uint64_t *checksums  # NULL: there are none
     cdef uint64_t *superblock
     cdef uint64_t *record
     cdef uint32_t huge_limit
@@ -48,6 +50,8 @@ cdef class Device:
         self.elements_ready = <uint8_t *>address(elements.ready)
         self.accessed = <uint32_t *>address(accessed.region.map)
         self.accessed_ready = <uint8_t *>address(accessed.ready)
+        if device.pool.checksum_region is not None:
+            self.checksums = <uint64_t *>address(device.pool.checksum_region.map)
         self.superblock = <uint64_t *>address(superblock.map)
         self.record = <uint64_t *>address(device.record)
         self.huge_limit = device.pool.geometry.huge_limit
@@ -108,6 +112,8 @@ cdef class Device:
                 if not handle:
                     return False
                 memcpy(payload, pages.data, pages.length)
+                if self.checksums != NULL:
+                    self.checksums[handle] = pages.checksum
                 step("payload-copied")
                 if self.pool.record[Z_POOL_RECORD_PAGES] > self.record[Z_DEVICE_RECORD_NOTED_PAGES]:
                     if not self._note_use(handle):
@@ -180,6 +186,8 @@ cdef class Device:
                 else:
                     pages.length = entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
                     pages.codec = codec_number(entry)
+                    if self.checksums != NULL:
+                        pages.checksum = self.checksums[entry & Z_ENTRY_HANDLE_MASK]
                     pages.data = position
                     memcpy(position, data, pages.length)
                     position += pages.length
@@ -313,6 +321,8 @@ cdef class Stream:
                 else:
                     pages.length = Z_PAGE_SIZE
                     pages.data = page
+                if self.device.checksums != NULL:
+                    pages.checksum = XXH3_64bits(pages.data, pages.length)
             page += Z_PAGE_SIZE
             pages += 1
         return position - target
@@ -344,6 +354,10 @@ cdef class Stream:
     cdef bint expand(self, const Page *page, uint8_t *target) noexcept nogil:
         """Make a whole page of one that was loaded; say whether it is not damaged."""
         cdef uint64_t number
+        if page.length == DAMAGED:
+            return False
+        if page.length and self.device.checksums != NULL and XXH3_64bits(page.data, page.length) != page.checksum:
+            return False
         if page.length == Z_PAGE_SIZE:
             memcpy(target, page.data, Z_PAGE_SIZE)
         elif page.length == 0:
@@ -352,7 +366,7 @@ cdef class Stream:
             else:
                 for number in range(Z_PAGE_SIZE // Z_WORD):
                     memcpy(target + number * Z_WORD, &page.pattern, Z_WORD)
-        elif page.length == DAMAGED or self.codecs[page.codec] == NULL:
+        elif self.codecs[page.codec] == NULL:
             return False
         else:
             return decompress(self.codecs[page.codec], page.data, page.length, target)

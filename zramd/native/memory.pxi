@@ -63,6 +63,13 @@ cdef extern from *:
     uint8_t *put32(uint8_t *p, uint32_t v) nogil
     uint8_t *put64(uint8_t *p, uint64_t v) nogil
 
+cdef extern from *:
+    """
+    #define XXH_INLINE_ALL
+    #include <xxhash.h>
+    """
+    uint64_t XXH3_64bits(const void *, size_t) nogil
+
 cdef extern from "<sys/eventfd.h>" nogil:
     ctypedef uint64_t eventfd_t
     int eventfd_write(int, eventfd_t)

@@ -126,6 +126,7 @@ def everything(served: Served) -> dict[str, object]:
         "dictionary_bytes": len(identity.codec.dictionary) if identity else 0,
         "engine": choose().value,
         "lz4_implementation": codecs.lz4_implementation(),
+        "integrity": identity.integrity if identity else None,
         "chain_size": identity.chain_size if identity else None,
         "mm_stat": asdict(disk.mm_stat()),
         "io_stat": asdict(disk.io_stat()),

@@ -107,7 +107,7 @@ class Ahead:
                 return
             start, length = pool.next_handles()
         if length:
-            pool.handle_region.populate(start, length, shared=True)
+            pool.populate_handles(start, length)
             with self._lock:
                 pool.add_handles(start, length)
                 pool.record[_LOW_HANDLE] = pool.record[_READY_HANDLES] - LOW_HANDLES

@@ -173,10 +173,12 @@ class ClassState:
 class Pool:
     """A zsmalloc pool for at most `objects` objects at a time, in regions that `open_region` opens.
 
+    With `checksums` there is a region with a word for each handle, for its user's use.
+
     `record` holds what changes beside classes and arenas (see zramd/layout.py).
     """
 
-    def __init__(self, geometry: Geometry, objects: int, open_region: OpenRegion) -> None:
+    def __init__(self, geometry: Geometry, objects: int, open_region: OpenRegion, *, checksums: bool = False) -> None:
         self.geometry = geometry
         self.record = record(PoolRecord.END)
         self.record[_NEXT_HANDLE] = 1
@@ -186,6 +188,7 @@ class Pool:
         size = -(-(objects + 2) // HANDLE_CHUNK) * HANDLE_CHUNK * WORD
         self.handle_region = open_region("handles", size)
         self._handles = self.handle_region.words
+        self.checksum_region = open_region("checksums", size) if checksums else None
         for pages in range(1, geometry.chain_size + 1):
             span = pages * PAGE_SIZE
             share = ADDRESS_SPACE // geometry.chain_size
@@ -271,16 +274,27 @@ class Pool:
         if not length:
             raise NoMemoryError("every handle is in use")
         try:
-            self.handle_region.populate(start, length, shared=True)
+            self.populate_handles(start, length)
         except NoMemoryError:
             length = PAGE_SIZE
-            self.handle_region.populate(start, length, shared=True)
+            self.populate_handles(start, length)
         self.add_handles(start, length)
 
     def next_handles(self) -> tuple[int, int]:
         """Return (offset, length) in bytes of the part of the handle table that is to be populated next."""
         start = self.record[_READY_HANDLES] * WORD
         return start, min(HANDLE_CHUNK * WORD, self.handle_region.size - start)
+
+    def populate_handles(self, start: int, length: int) -> None:
+        """Populate a part of the handle table, which another thread may do too. Needs no lock.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
+        # First what recovery does not look at: where there are handles, there is what belongs to them.
+        if self.checksum_region:
+            self.checksum_region.populate(start, length, shared=True)
+        self.handle_region.populate(start, length, shared=True)
 
     def add_handles(self, start: int, length: int) -> None:
         """Note that a part of the handle table, next to what could be used, can be used too."""
