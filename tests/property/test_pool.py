@@ -46,7 +46,7 @@ class ModelPool:
         return self.lists.setdefault((size_class.index, group), deque())
 
     def malloc(self, handle: int, length: int) -> None:
-        size_class = self.geometry.class_of(length)
+        size_class = self.geometry.class_of[length]
         for group in reversed(range(FULL)):
             if self._list(size_class, group):
                 zspage = self._list(size_class, group)[0]
@@ -140,7 +140,7 @@ def check_invariants(pool: Pool, live: dict[int, bytes]) -> None:
     for handle, payload in live.items():
         view = pool.map(handle, len(payload))
         assert view == payload
-        size_class = pool.geometry.class_of(len(payload))
+        size_class = pool.geometry.class_of[len(payload)]
         whole = pool.map(handle)
         assert len(whole) == size_class.size - size_class.header
         arena = pool.arenas[size_class.pages - 1]

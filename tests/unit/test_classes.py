@@ -33,7 +33,7 @@ def test_the_rules_differ_at_chain_size_8_for_the_sizes_known_to() -> None:
     [(1, 32), (24, 32), (25, 48), (40, 48), (3576, 3584), (3577, 3632), (3624, 3632), (3625, 4096), (4096, 4096)],
 )
 def test_a_payload_gets_the_class_with_room_for_it_and_its_header(length: int, size: int) -> None:
-    assert geometry().class_of(length).size == size
+    assert geometry().class_of[length].size == size
 
 
 def test_pages_of_3625_bytes_and_more_are_huge_at_chain_size_8() -> None:
@@ -45,7 +45,7 @@ def test_pages_of_3625_bytes_and_more_are_huge_at_chain_size_8() -> None:
 def test_every_payload_fits_its_class_and_no_object_index_overflows(chain_size: int, rule: FitRule) -> None:
     pool = geometry(chain_size, rule)
     for length in range(1, 4097):
-        size_class = pool.class_of(length)
+        size_class = pool.class_of[length]
         assert length + size_class.header <= size_class.size
         assert size_class.objects * size_class.size <= size_class.zspage_bytes
         assert 1 <= size_class.pages <= chain_size

@@ -3,8 +3,9 @@
 The rules are those of Linux 6.18's mm/zsmalloc.c for 4 KiB pages, and the numbers below are its constants.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 
 from zramd.layout import FULL, PAGE_SIZE, WORD
 
@@ -74,12 +75,14 @@ class Geometry:
 
     `classes[raw]` is the class that raw class `raw` (0..254) was merged into, so that a class stands at its own
     index too. `huge_limit` is the payload size from which an object takes a whole page (zs_huge_class_size).
+    `class_of[length]` is the class that takes a payload of `length` bytes (1..4096).
     """
 
     chain_size: int
     rule: FitRule
     classes: tuple[SizeClass, ...]
     huge_limit: int
+    class_of: tuple[SizeClass, ...] = field(repr=False)
 
     def kept(self) -> list[SizeClass]:
         """Return the distinct classes, smallest first."""
@@ -90,19 +93,12 @@ class Geometry:
         """Return the size of the largest class that is not huge."""
         return self.huge_limit + WORD - 1
 
-    def class_of(self, length: int) -> SizeClass:
-        """Return the class that takes a payload of `length` bytes (1..4096)."""
-        needed = length + WORD
-        if needed <= MIN_ALLOC:
-            return self.classes[0]
-        return self.classes[min(RAW_CLASSES - 1, -(-(needed - MIN_ALLOC) // CLASS_STEP))]
-
     def lookup(self, length: int) -> int:
         """Return the index of the class for `length` bytes with no header, as zs_lookup_class_index does."""
-        raw = 0 if length <= MIN_ALLOC else min(RAW_CLASSES - 1, -(-(length - MIN_ALLOC) // CLASS_STEP))
-        return self.classes[raw].index
+        return self.classes[_raw_class(length)].index
 
 
+@cache
 def geometry(chain_size: int = DEFAULT_CHAIN_SIZE, rule: FitRule = FitRule.LEAST_WASTE) -> Geometry:
     """Compute the classes for a chain size of 4 to 16 pages.
 
@@ -125,7 +121,20 @@ def geometry(chain_size: int = DEFAULT_CHAIN_SIZE, rule: FitRule = FitRule.LEAST
             if not huge_limit and pages != 1 and objects != 1:
                 huge_limit = size - WORD + 1
         classes.append(kept)
-    return Geometry(chain_size, rule, tuple(reversed(classes)), huge_limit)
+    classes.reverse()
+    class_of = tuple(classes[_raw_class(length + WORD)] for length in range(PAGE_SIZE + 1))
+    return Geometry(chain_size, rule, tuple(classes), huge_limit, class_of)
+
+
+def _raw_class(size: int) -> int:
+    """Return the smallest raw class with room for `size` bytes, or the largest: a whole page goes without its header."""
+    return min(max(0, -(-(size - MIN_ALLOC) // CLASS_STEP)), RAW_CLASSES - 1)
+
+
+@cache
+def fullness_groups(objects: int) -> bytes:
+    """Return the fullness group of a zspage of so many objects, by how many are in use."""
+    return bytes(fullness_group(used, objects) for used in range(objects + 1))
 
 
 def fullness_group(used: int, objects: int) -> int:

@@ -27,7 +27,7 @@ from zramd.layout import (
 )
 from zramd.memory import NoMemoryError, Region, record
 from zramd.zsmalloc.arena import Arena
-from zramd.zsmalloc.classes import RAW_CLASSES, Geometry, SizeClass, fullness_group
+from zramd.zsmalloc.classes import RAW_CLASSES, Geometry, SizeClass, fullness_groups
 
 HANDLE_CHUNK = PAGE_SIZE * 16 // WORD
 """Handles populated at once: 64 KiB of the handle table."""
@@ -97,7 +97,7 @@ class ClassState:
         self.record = record(_END)
         self.heads = self.record[_HEADS:_COUNTS]
         self.counts = self.record[_COUNTS:_END]
-        self.group_of = bytes(fullness_group(used, size_class.objects) for used in range(size_class.objects + 1))
+        self.group_of = fullness_groups(size_class.objects)
 
     @property
     def filled(self) -> int:
@@ -197,7 +197,7 @@ class Pool:
         states = {kept.index: ClassState(kept, self.arenas[kept.pages - 1]) for kept in geometry.kept()}
         self.classes = [states[geometry.classes[raw].index] for raw in range(RAW_CLASSES)]
         self.class_for: list[ClassState | None] = [None]
-        self.class_for += (states[geometry.class_of(length).index] for length in range(1, PAGE_SIZE + 1))
+        self.class_for += (states[size_class.index] for size_class in geometry.class_of[1:])
 
     @property
     def pages(self) -> int:

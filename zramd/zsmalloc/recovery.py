@@ -52,7 +52,7 @@ def _adopt(pool: Pool, handle: int, length: int) -> None:
     word = pool.handle_region.words[handle]
     index = word >> HANDLE_INDEX_SHIFT & HANDLE_INDEX_MASK
     zspage = word >> HANDLE_ZSPAGE_SHIFT
-    size_class = pool.geometry.class_of(length)
+    size_class = pool.geometry.class_of[length]
     if not word & HANDLE_IN_USE or word >> HANDLE_CLASS_SHIFT & HANDLE_CLASS_MASK != size_class.index:
         raise DamagedError(f"handle {handle} is not of an object of {length} bytes")
     arena = pool.arenas[size_class.pages - 1]
