@@ -61,7 +61,7 @@ class KilledDisk:
             died = server.has_died(seconds)
             server.kill()
         assert not died, server.errors.read_text()
-        _require_killed(server, "")
+        _require_killed(server)
 
     def live_to(self, starter: Starter, step: Step, passing: int) -> None:
         """Have a server die when it passes a step for the n-th time."""
@@ -177,11 +177,11 @@ def _check_free_objects(state: ClassState, zspage: int) -> None:
     assert state.used[zspage] + listed == state.fresh[zspage] <= state.objects
 
 
-def _require_killed(server: Server, last_words: str) -> None:
+def _require_killed(server: Server, *last_words: str) -> None:
     """Check that a server was killed, and had no other trouble; that a client is sent away is none."""
     status = server.end()
     said = [line for line in server.errors.read_text().splitlines() if not line.startswith("zramd: connection ended:")]
-    assert (status, "\n".join(said)) == (-signal.SIGKILL, last_words)
+    assert (status, said) == (-signal.SIGKILL, list(last_words)), f"a server ended with status {status} and said {said}"
 
 
 class _Traffic:

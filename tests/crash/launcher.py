@@ -55,7 +55,7 @@ def _load_engine(path: str) -> None:
 
 def _serve(request: dict[str, Any]) -> NoReturn:
     for number, path in ((1, os.devnull), (2, request["errors"])):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         os.dup2(fd, number)
     status = 1
     try:

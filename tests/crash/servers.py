@@ -82,6 +82,7 @@ class Starter(ABC):
     def start(self, directory: Path, *options: str, step: Step | None = None, passing: int = 0) -> Server:
         """Start a server with its sockets in `directory`; it dies when it passes a step for the n-th time."""
         server = Server(self, directory)
+        server.errors.write_bytes(b"")  # here, since the server may not come to it
         sockets = ["--unix", str(server.unix), "--status", str(server.status), "--admin", str(server.admin)]
         server.pid = self._start(["serve", *sockets, *options], server.errors, step, passing)
         server.pidfd = os.pidfd_open(server.pid)
@@ -108,7 +109,7 @@ class ExecutedServers(Starter):
 
     def _start(self, arguments: Sequence[str], errors: Path, step: Step | None, passing: int) -> int:
         assert step is None
-        with errors.open("wb") as file:
+        with errors.open("ab") as file:
             command = [sys.executable, "-m", "zramd", *arguments]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
         self._processes[process.pid] = process
