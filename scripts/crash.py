@@ -43,7 +43,7 @@ class Kills:
             steps = [step for step in STEPS if (step.phase in EARLY) != bool(number)]
             step = generator.choice([None, generator.choice(steps)])
             if step is not None and step.phase is Phase.OPENING:
-                self._kill_at_random(disk)
+                self._kill_at_random(disk, requests=100)
             if step is None:
                 self._kill_at_random(disk)
             else:
@@ -54,8 +54,8 @@ class Kills:
         self.answered += disk.answered
         self.compacted += disk.compacted
 
-    def _kill_at_random(self, disk: KilledDisk) -> None:
-        disk.live_until(self._plain, self._generator.uniform(0, LONGEST_LIFE))
+    def _kill_at_random(self, disk: KilledDisk, requests: int = 0) -> None:
+        disk.live_until(self._plain, self._generator.uniform(0, LONGEST_LIFE), requests)
         self.by_kind["at a random moment"] += 1
 
 

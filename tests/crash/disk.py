@@ -54,10 +54,13 @@ class KilledDisk:
     def answered(self) -> int:
         return sum(client.answered for client in self._clients)
 
-    def live_until(self, starter: Starter, seconds: float) -> None:
-        """Have a server killed that many seconds after its start."""
+    def live_until(self, starter: Starter, seconds: float, requests: int = 0) -> None:
+        """Have a server killed that many seconds after it has answered so many requests."""
         server = self._start(starter)
+        wanted = self.answered + requests
         with _Traffic(self._clients, server):
+            while self.answered < wanted and not server.has_died(PAUSE_SECONDS):
+                pass
             died = server.has_died(seconds)
             server.kill()
         assert not died, server.errors.read_text()

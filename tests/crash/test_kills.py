@@ -49,7 +49,7 @@ def test_a_kill_at_a_step_loses_nothing(step: Step, directory: Path, with_steps:
         disk = KilledDisk(directory, 0)
         for _ in range(KILLS_AT_A_STEP):
             if step.phase is Phase.OPENING:
-                disk.live_until(with_steps, generator.uniform(0.1, 0.15))
+                disk.live_until(with_steps, generator.uniform(0, 0.05), requests=100)
             disk.live_to(with_steps, step, generator.randint(1, step.most))
             assert disk.verify() or step.phase is Phase.RESETTING
     disk.verify_that_nothing_leaks()

@@ -127,7 +127,7 @@ def geometry(chain_size: int = DEFAULT_CHAIN_SIZE, rule: FitRule = FitRule.LEAST
 
 
 def _raw_class(size: int) -> int:
-    """Return the smallest raw class with room for `size` bytes, or the largest: a whole page goes without its header."""
+    """Return the smallest raw class with room for `size` bytes, or the largest: a whole page has no header."""
     return min(max(0, -(-(size - MIN_ALLOC) // CLASS_STEP)), RAW_CLASSES - 1)
 
 
