@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from zramd.attach.keeper import Keeper, KeeperError, prepare
-from zramd.attach.netlink import NbdFamily
+from zramd.attach.netlink import NbdFamily, NetlinkError
 from zramd.attach.order import Order
 from zramd.notify import notify
 
@@ -49,6 +49,13 @@ def main() -> None:
     sys.exit(status)
 
 
+def _open_family() -> NbdFamily:
+    try:
+        return NbdFamily.open()
+    except NetlinkError as error:
+        raise KeeperError(f"the kernel has no NBD client ({error.strerror}): modprobe nbd") from error
+
+
 class _Process:
     """A keeper, and what goes on around it."""
 
@@ -76,7 +83,7 @@ class _Process:
             KeeperError, OSError: it cannot be attached.
         """
         order = self._order
-        keeper = Keeper.attach(NbdFamily.open(), order, self.say)
+        keeper = Keeper.attach(_open_family(), order, self.say)
         pid_file = keeper.take_pid_file(order.runtime)
         order.device = keeper.device.name
         if keeper.payload:

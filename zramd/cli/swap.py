@@ -56,8 +56,8 @@ def swapon(device: Path | None, priority: int, no_discard: bool, force: bool) ->
 def swapoff(device: Path | None) -> None:
     """Stop swapping to DEVICE, by default the attached one that is swapped to. On a terminal, show what is left.
 
-    All that was swapped out has to go back into memory, or into other swap. Ctrl-C stops that; what is left then stays
-    swapped out, and nothing is lost.
+    All that was swapped out has to go back into memory, or into other swap. Ctrl-C stops that as soon as the
+    kernel is done with the process at hand; what is left then stays swapped out, and nothing is lost.
 
     \b
     Example:
@@ -78,9 +78,7 @@ def swapoff(device: Path | None) -> None:
         errors = _wait(child, chosen)
         if child.returncode:
             left = _bytes_left(chosen)
-            still = (
-                "" if left is None else f"; {format_size(left)} of {chosen} are left, and it goes on being swapped to"
-            )
+            still = "" if left is None else f"; {format_size(left)} are left on {chosen}, which is swapped to as before"
             raise AttachError(f"{errors}{still}")
     except AttachError as error:
         raise click.ClickException(str(error)) from error
