@@ -212,8 +212,11 @@ class RegionStore:
         self._lock = -1
         if directory is None:
             return
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OSError(errno.ENOTDIR, f"{directory} is no directory; a symbolic link to one will not do") from error
         try:
             info = os.fstat(self._lock)
             if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
@@ -259,7 +262,7 @@ class RegionStore:
             if create or (grow and found < size):
                 os.ftruncate(fd, size)
             elif found < size:
-                raise OSError(errno.EINVAL, f"{self.directory}/{name} has {found} bytes instead of {size}")
+                raise OSError(errno.EINVAL, f"the region {name} has {found} bytes instead of {size}")
         except OSError:
             os.close(fd)
             raise
@@ -269,6 +272,11 @@ class RegionStore:
         """Remove the region `name`, which nobody has open."""
         if self.directory is not None:
             (self.directory / name).unlink(missing_ok=True)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a region another name, in place of the region that has that."""
+        if self.directory is not None:
+            os.rename(self.directory / old, self.directory / new)
 
     def on_disk(self) -> bool:
         """Say whether the regions lie on a disk, so that a flush has something to do."""

@@ -20,6 +20,7 @@ import pytest
 
 import zramd
 from tests.property.test_device import make_data, read, recount, write
+from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.layout import PAGE_SIZE
@@ -170,4 +171,26 @@ def test_a_kill_at_any_line_of_a_compaction_loses_nothing(tmp_path: Path) -> Non
     assert len(states) > 6
     for state in states:
         check(state, expected, expected, generator)
+    opened.close()
+
+
+def test_a_kill_at_any_line_of_a_change_of_algorithm_loses_nothing(tmp_path: Path) -> None:
+    generator = random.Random(6)
+    dictionaries = [bytes(make_data("text", seed, 8192)) for seed in range(4)]
+    opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted(SIZE, codec("zstd", 3, dictionaries[0])))
+    for page in range(PAGES):
+        write(opened.device, page * PAGE_SIZE, make_data("text", page, PAGE_SIZE))
+    expected = read(opened.device, 0, SIZE)
+    # The second has pages of its own; the third gives its place up for the fourth.
+    for number, dictionary in enumerate([*dictionaries[1:], b""]):
+        with every_state(opened.regions) as states:
+            opened.set_algorithm(PRIMARY, codec("zstd", 3, dictionary))
+        assert len(states) > 2
+        for state in states:
+            check(state, expected, expected, generator)
+        if number == 0:
+            write(opened.device, 0, bytearray(expected[:PAGE_SIZE]))
+            with opened.device:
+                opened.device.discard(PAGE_SIZE, SIZE - PAGE_SIZE)
+            expected = expected[:PAGE_SIZE] + bytes(SIZE - PAGE_SIZE)
     opened.close()

@@ -103,7 +103,7 @@ def _load_codec(words: memoryview, number: int, read_dictionary: ReadDictionary)
     length = words[start + CODEC_DICTIONARY_BYTES]
     dictionary = read_dictionary(number, length) if length else b""
     at = start + CODEC_DICTIONARY_HASH
-    if length and words[at : at + CODEC_HASH_WORDS].tobytes() != _hash(dictionary):
+    if words[at : at + CODEC_HASH_WORDS].tobytes() != (_hash(dictionary) if length else bytes(CODEC_HASH_WORDS * WORD)):
         raise ValueError("the dictionary is damaged")
     return codec(name.decode("ascii"), words[start + CODEC_LEVEL] - CODEC_LEVEL_BIAS, dictionary)
 

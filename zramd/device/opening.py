@@ -1,6 +1,8 @@
 """Making a device, or finding it again in the regions that an earlier process left."""
 
+import errno
 import logging
+import os
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from zramd.device.superblock import (
 )
 from zramd.device.zram import Device, Tables
 from zramd.layout import ACCESSED_BYTES, CODECS, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, WORD, Superblock
-from zramd.memory import Region, RegionStore, SparseTable, round_up_to_page
+from zramd.memory import NoMemoryError, Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose
 from zramd.zsmalloc import FitRule, Pool, geometry
 from zramd.zsmalloc.ahead import Ahead
@@ -32,6 +34,9 @@ DEFAULT_DISKSIZE = 1 << 30
 DEFAULT_ALGORITHM = "lz4"
 
 _SUPERBLOCK, _PAGE_TABLE = "superblock", "page_table"
+_NEW_DICTIONARY = "dictionary.new"
+_NO_REGION = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""What opening a symbolic link, a directory or a socket fails with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class OpenDevice:
             EngineError: the engine that was asked for cannot be had.
         """
         self._store = store
+        self._grow = wanted.grow
         self.regions: list[Region] = []
         self._ahead: Ahead | None = None
         self.on_disk = store.on_disk()
@@ -83,20 +89,25 @@ class OpenDevice:
             self.recovered = identity is not None
             if identity is None:
                 identity = _new_identity(wanted)
-            self.device = self._build(identity, wanted)
+            try:
+                self.device = self._build(identity, wanted)
+            except StateError as error:
+                raise self._refusal(error) from error
             self._apply(wanted)
             self._ahead = self._populate_ahead() if swap else None
         except BaseException:
             self.close()
             raise
 
+    def _refusal(self, error: StateError) -> StateError:
+        return StateError(f"{self._store.directory}: {error}; remove the directory to start afresh")
+
     def _find(self, wanted: Wanted) -> Identity | None:
-        where = self._store.directory
         identity, first_disksize = None, 0
         try:
             # Reading a superblock that was never populated could be a SIGBUS.
             if self._store.exists(_SUPERBLOCK):
-                superblock = self._store.open(_SUPERBLOCK, PAGE_SIZE, create=False)
+                superblock = self._open_kept(_SUPERBLOCK, PAGE_SIZE)
                 try:
                     identity = load_identity(superblock.words, self._read_dictionary)
                     first_disksize = superblock.words[Superblock.FIRST_DISKSIZE]
@@ -107,22 +118,25 @@ class OpenDevice:
             if identity is None and self._store.exists(_PAGE_TABLE):
                 raise StateError("there is a page table, but no superblock that belongs to it")
         except StateError as error:
-            raise StateError(f"{where}: {error}; remove the directory to start afresh") from error
+            raise self._refusal(error) from error
         if identity is not None and wanted.grow and wanted.disksize is not None:
             return replace(identity, disksize=round_up_to_page(wanted.disksize))
         if identity is not None:
-            _check(identity, first_disksize, wanted, where)
+            _check(identity, first_disksize, wanted, self._store.directory)
         return identity
 
     def _read_dictionary(self, number: int, length: int) -> bytes:
-        region = self._store.open(_dictionary(number), round_up_to_page(length), create=False)
         try:
-            return region.bytes[:length].tobytes()
+            region = self._open_kept(_dictionary(number), round_up_to_page(length))
+        except StateError as error:
+            raise ValueError(str(error)) from error
+        try:
+            # Not from the mapping, since a part of it may have no memory.
+            return os.pread(region.fd, length, 0)
         finally:
             region.close()
 
     def _build(self, identity: Identity, wanted: Wanted) -> Device:
-        self._grow = wanted.grow
         self._superblock = superblock = self._open(_SUPERBLOCK, PAGE_SIZE)
         if self.recovered:
             note_boot(superblock.words)
@@ -142,14 +156,11 @@ class OpenDevice:
         make = NativeDevice if choose() is Engine.NATIVE else Device
         device = make(identity, superblock, Tables(table, elements, accessed), pool)
         if self.recovered:
-            try:
-                device.recover()
-            except StateError as error:
-                raise StateError(f"{self._store.directory}: {error}; remove it to start afresh") from error
+            device.recover()
         else:
             for number, chosen in enumerate(identity.algorithms.codecs):
                 if chosen and chosen.dictionary:
-                    self._keep_dictionary(number, chosen.dictionary)
+                    self._keep_dictionary(number, self._new_dictionary(chosen.dictionary))
             store_identity(superblock.words, identity)
         if wanted.grow:
             words = superblock.words
@@ -158,16 +169,27 @@ class OpenDevice:
             words[Superblock.DISKSIZE] = identity.disksize
         return device
 
-    def _keep_dictionary(self, number: int, dictionary: bytes) -> None:
-        name, size = _dictionary(number), round_up_to_page(len(dictionary))
+    def _new_dictionary(self, dictionary: bytes) -> Region:
+        """Return a region with a dictionary that is not yet anybody's."""
+        region = self._store.open(_NEW_DICTIONARY, round_up_to_page(len(dictionary)), create=True)
+        try:
+            region.populate(0, region.size)
+        except NoMemoryError:
+            region.close()
+            self._store.remove(_NEW_DICTIONARY)
+            raise
+        region.bytes[: len(dictionary)] = dictionary
+        return region
+
+    def _keep_dictionary(self, number: int, new: Region) -> None:
+        """Let a codec, which is not in use, have a new dictionary."""
+        name = _dictionary(number)
         for region in [region for region in self.regions if region.name == name]:
             self.regions.remove(region)
             region.close()
-        self._store.remove(name)
-        region = self._store.open(name, size, create=True)
-        self.regions.append(region)
-        region.populate(0, size)
-        region.bytes[: len(dictionary)] = dictionary
+        self._store.rename(new.name, name)
+        new.name = name
+        self.regions.append(new)
 
     def set_algorithm(self, priority: int, chosen: Codec | None) -> None:
         """Let a priority have a codec from now on, or (not the primary one) none. Takes the lock.
@@ -186,24 +208,36 @@ class OpenDevice:
         other = (current + PRIORITIES) % CODECS
         # A codec that no page has yet gives its number up: then the priority has its earlier one for a moment.
         number = current if before and not device.codec_pages(current) and device.codec_pages(other) else other
-        if device.codec_pages(number):
-            raise CodecInUseError(
-                f"stored pages ({device.codec_pages(number)}) still have an earlier algorithm of priority {priority}: "
-                "they have to be written anew, or recompressed, before there is room for another"
-            )
-        if chosen and chosen.dictionary:
-            self._keep_dictionary(number, chosen.dictionary)
+        self._require_no_pages(number)
+        dictionary = self._new_dictionary(chosen.dictionary) if chosen and chosen.dictionary else None
         words = self._superblock.words
         with device.lock:
+            try:
+                # The current codec may have got its first page meanwhile.
+                self._require_no_pages(number)
+            except CodecInUseError:
+                if dictionary:
+                    dictionary.close()
+                raise
             if number == current:
                 words[Superblock.ALTERNATES] = algorithms.alternates ^ 1 << priority
             else:
                 algorithms.alternates ^= 1 << priority
+            store_codec(words, number, None)
+            if dictionary:
+                self._keep_dictionary(number, dictionary)
             store_codec(words, number, chosen)
             algorithms.codecs[number] = chosen
             # One word, stored last: until here the priority has its old codec.
             words[Superblock.ALTERNATES] = algorithms.alternates
             device.note_codecs()
+
+    def _require_no_pages(self, number: int) -> None:
+        if pages := self.device.codec_pages(number):
+            raise CodecInUseError(
+                f"stored pages ({pages}) still have an earlier algorithm of priority {number % PRIORITIES}: "
+                "they have to be written anew, or recompressed, before there is room for another"
+            )
 
     def _populate_ahead(self) -> Ahead:
         for region in self.regions:
@@ -215,16 +249,35 @@ class OpenDevice:
         return ahead
 
     def _open(self, name: str, size: int) -> Region:
-        region = self._store.open(name, size, create=not self.recovered, grow=self._grow)
+        region = self._open_kept(name, size) if self.recovered else self._store.open(name, size, create=True)
         self.regions.append(region)
         return region
 
+    def _open_kept(self, name: str, size: int) -> Region:
+        """Open a region that must be there.
+
+        Raises:
+            StateError: it is not, or not as it must be.
+            NoMemoryError, OSError: as RegionStore.open.
+        """
+        try:
+            return self._store.open(name, size, create=False, grow=self._grow)
+        except FileNotFoundError as error:
+            raise StateError(f"the region {name} is missing") from error
+        except OSError as error:
+            if error.errno in _NO_REGION:
+                raise StateError(f"the region {name} is no file") from error
+            if error.errno == errno.EINVAL:
+                raise StateError(error.strerror) from error
+            raise
+
     def _open_new(self, name: str, size: int) -> Region:
         """Open a region that kept state of an earlier version may not have."""
-        create = not (self.recovered and self._store.exists(name))
-        region = self._store.open(name, size, create=create, grow=self._grow)
-        self.regions.append(region)
-        return region
+        if self.recovered and not self._store.exists(name):
+            region = self._store.open(name, size, create=True)
+            self.regions.append(region)
+            return region
+        return self._open(name, size)
 
     def _apply(self, wanted: Wanted) -> None:
         """Let kept state have the codecs that are asked for, as far as pages leave room for them."""
@@ -298,7 +351,7 @@ class OpenDevice:
             regions = {region.name: region for region in self.regions}
             for name in (_PAGE_TABLE, _SUPERBLOCK):
                 regions[name].punch(0, regions[name].size)
-            for name in regions:
+            for name in (*regions, _NEW_DICTIONARY):
                 self._store.remove(name)
             self.close()
 

@@ -65,6 +65,9 @@ class _KeptRegions(RegionStore):
             return region
         return Region(os.dup(self._files[name]), size, name)
 
+    def rename(self, old: str, new: str) -> None:
+        self._files[new] = self._files.pop(old)
+
     def forget(self) -> None:
         for fd in self._files.values():
             os.close(fd)

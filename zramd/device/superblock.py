@@ -12,6 +12,8 @@ from zramd.zsmalloc import FitRule, geometry
 UUID_WORDS = 2
 NO_BOOT = bytes(UUID_WORDS * WORD)
 """In place of a boot id: the regions are not in use."""
+MOST = 1 << 52
+"""More than any limit in pages, or any number of requests, sectors or pages in the life of a device."""
 
 
 class StateError(Exception):
@@ -63,14 +65,18 @@ def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identit
         return None
     if words[Superblock.MAGIC] != MAGIC:
         raise StateError("the superblock is not zramd's, or damaged")
-    if words[Superblock.VERSION] != VERSION or words[Superblock.PAGE_SIZE] != PAGE_SIZE:
+    if words[Superblock.VERSION] != VERSION:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
     if words[Superblock.FEATURES] & ~INTEGRITY:
         raise StateError(f"the device has features ({words[Superblock.FEATURES]:#x}) that this zramd does not know")
+    disksize = words[Superblock.DISKSIZE]
+    numbers = [words[Superblock.MEM_LIMIT], *words[Superblock.MEM_USED_MAX : max(Superblock) + 1]]
+    if words[Superblock.PAGE_SIZE] != PAGE_SIZE or not disksize or disksize % PAGE_SIZE or max(numbers) > MOST:
+        raise StateError("the superblock is damaged")
     try:
         geometry(words[Superblock.CHAIN_SIZE], FitRule(words[Superblock.FIT_RULE]))
         return Identity(
-            disksize=words[Superblock.DISKSIZE],
+            disksize=disksize,
             algorithms=load_algorithms(words, read_dictionary),
             chain_size=words[Superblock.CHAIN_SIZE],
             rule=FitRule(words[Superblock.FIT_RULE]),

@@ -40,7 +40,7 @@ from zramd.layout import (
     Superblock,
 )
 from zramd.memory import NoMemoryError, Region, SparseTable, record
-from zramd.zsmalloc import DamagedError, Pool, compact, recover
+from zramd.zsmalloc import MAX_LOST, DamagedError, Pool, compact, recover
 from zramd.zsmalloc.stats import ClassStat, class_stats
 
 _PAGE_MASK = PAGE_SIZE - 1
@@ -499,8 +499,10 @@ class Device:
         Raises:
             StateError: the regions contradict themselves.
         """
+        # A reset that was cut short leaves no page table, and everything else.
+        most_lost = MAX_LOST if any(self._table.ready) else self.disksize
         try:
-            recover(self.pool, self._scan())
+            recover(self.pool, self._scan(), most_lost)
         except DamagedError as error:
             raise StateError(f"the regions are damaged: {error}") from error
         # The last write may have been cut short before it was noted.
@@ -520,6 +522,8 @@ class Device:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
             self.record[_PAGES_STORED] += 1
             if state == _SAME_FILLED:
+                if length or not self._has_pattern(index, entry & ENTRY_HANDLE_MASK):
+                    raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
                 self.record[_SAME_PAGES] += 1
                 continue
             if state == _HUGE_STATE and length == PAGE_SIZE:
@@ -534,3 +538,9 @@ class Device:
                 self.record[_CODEC_PAGES + codec_number(entry)] += 1
             self.record[_COMPR_DATA_SIZE] += length
             yield entry & ENTRY_HANDLE_MASK, length
+
+    def _has_pattern(self, index: int, handle: int) -> bool:
+        """Say whether what the entry of a same-filled page has for a handle is right."""
+        if handle != ENTRY_HAS_ELEMENT:
+            return handle == 0
+        return self._elements.ready[index >> TABLE_CHUNK_SHIFT] != 0 and self._elements.words[index] != 0
