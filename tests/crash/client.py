@@ -58,10 +58,25 @@ class Client:
                 sock.settimeout(60)
                 try:
                     _enter(sock, unix)
+                    self._look(sock)
                     while True:
                         self._batch(sock)
                 except (FileNotFoundError, ConnectionError, EOFError):
                     time.sleep(PAUSE_SECONDS)
+
+    def _look(self, sock: socket.socket) -> None:
+        """Read what may be one thing or another."""
+        unsure = [page for page, held in enumerate(self.possible) if len(held) > 1]
+        requests = (SIMPLE.request(READ, page, (self._first + page) * PAGE_SIZE, PAGE_SIZE) for page in unsure)
+        sock.sendall(b"".join(requests))
+        for page in unsure:
+            assert _receive(sock, REPLY_BYTES) == SIMPLE.done(page)
+            self._find(page, _receive(sock, PAGE_SIZE))
+
+    def _find(self, page: int, content: bytes) -> None:
+        held = self.possible[page]
+        assert content in held, f"page {self._first + page} is none of the {len(held)} that it may be"
+        self.possible[page] = [content]
 
     def _batch(self, sock: socket.socket) -> None:
         requests = [self._request(cookie) for cookie in range(BATCH)]
@@ -122,11 +137,9 @@ class Client:
 
     def check(self, disk: bytes) -> None:
         """Check what a recovered disk holds, and go on from there."""
-        for page, held in enumerate(self.possible):
+        for page in range(self._pages):
             start = (self._first + page) * PAGE_SIZE
-            content = disk[start : start + PAGE_SIZE]
-            assert content in held, f"page {self._first + page} is none of the {len(held)} that it may be"
-            self.possible[page] = [content]
+            self._find(page, disk[start : start + PAGE_SIZE])
 
 
 def _enter(sock: socket.socket, unix: Path) -> None:

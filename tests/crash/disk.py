@@ -47,6 +47,7 @@ class KilledDisk:
         self._state = directory / "state"
         self._clients = [Client(seed, first, PAGES // 2) for first in (0, PAGES // 2)]
         self._sizes = [SIZE]
+        self._asked = SIZE
         self._filler = random.Random(seed).randbytes(SIZE)
         self.compacted = 0
 
@@ -69,15 +70,15 @@ class KilledDisk:
     def live_to(self, starter: Starter, step: Step, passing: int) -> None:
         """Have a server die when it passes a step for the n-th time."""
         server = self._start(starter, step, passing)
-        # While regions are opened that nobody has verified, the clients cannot say what they should read.
-        with _Traffic([] if step.phase is Phase.OPENING else self._clients, server):
+        with _Traffic(self._clients, server):
             if step.phase is Phase.RESETTING:
                 server.has_died(TRAFFIC_SECONDS)
                 _ask(server, "reset force")
             if step.phase is Phase.ENLARGING:
                 server.has_died(TRAFFIC_SECONDS)
-                self._sizes.append(self._sizes[-1] + SIZE)
-                _ask(server, f"grow {self._sizes[-1]}")
+                self._asked += SIZE
+                self._sizes.append(self._asked)
+                _ask(server, f"grow {self._asked}")
             died = server.has_died(SECONDS)
             server.kill()
         assert died, f"the step {step.name} was not passed {passing} times"

@@ -147,7 +147,9 @@ class ForkedServers(Starter):
         assert self._launcher.stdout is not None
         self._launcher.stdin.write(json.dumps(request) + "\n")
         self._launcher.stdin.flush()
-        return int(self._launcher.stdout.readline())
+        answer = self._launcher.stdout.readline()
+        assert answer, "there is no launcher any more: it has said why"
+        return int(answer)
 
     def close(self) -> None:
         self._launcher.communicate(timeout=SECONDS)

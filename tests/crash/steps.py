@@ -211,7 +211,7 @@ OPENING = (
         "objects-adopted",
         "the regions as they were found",
         f"{_RECOVERY}:recover",
-        "for handle, length in objects:",
+        "_adopt(pool, objects, seen, present)",
         phase=Phase.OPENING,
     ),
     Step(
@@ -273,8 +273,8 @@ ENLARGING = (
     Step(
         "region-enlarged",
         "a disk of the old size, some of its regions with room for the new one",
-        f"{_OPENING}._open",
-        "region = self._store.open(",
+        "zramd.memory:RegionStore.open",
+        "os.ftruncate(fd, size)",
         most=8,
         phase=Phase.ENLARGING,
     ),
