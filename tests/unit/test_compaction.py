@@ -7,6 +7,7 @@ import pytest
 
 from tests.property.test_device import make_data, read, recount, write
 from zramd.device import slices
+from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE
@@ -103,7 +104,8 @@ def test_objects_move_while_other_connections_read_and_write_them(
 
 
 def test_a_second_compaction_at_the_same_time_does_nothing(opened: OpenDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = opened.device
+    device, disk = opened.device, Disk("zram0", None)
+    disk.opened = opened
     fragment(device, random.Random(3))
     monkeypatch.setattr(slices, "SLICE_SECONDS", 0)
     first_is_paused, go_on = threading.Event(), threading.Event()
@@ -113,11 +115,11 @@ def test_a_second_compaction_at_the_same_time_does_nothing(opened: OpenDevice, m
         go_on.wait()
 
     monkeypatch.setattr("zramd.device.slices.time.sleep", pause)
-    first = threading.Thread(target=device.compact)
+    first = threading.Thread(target=disk.compact)
     first.start()
     first_is_paused.wait()
     before = device.mm_stat()
-    device.compact()
+    disk.compact()
     assert device.mm_stat() == before
     go_on.set()
     first.join()

@@ -129,8 +129,34 @@ def test_cancelled_it_stops_and_leaves_all_pages_whole(opened: OpenDevice) -> No
     device = opened.device
     contents = read(device, 0, 1 << 20)
     work = Recompressor(device, Recompression())
-    work.cancelled = True
+    work.work.cancelled = True
     assert work.run().tried == 0
+    assert read(device, 0, 1 << 20) == contents
+
+
+def test_a_codec_that_changes_under_a_recompression_is_not_given_the_pages_of_the_one_before(
+    opened: OpenDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opened.device
+    contents = read(device, 0, 1 << 20)
+    Recompressor(device, Recompression(max_pages=40, priority=1)).run()
+    assert device.codec_pages(1)
+    opened.set_algorithm(1, codec("lz4hc", 9))
+    work = Recompressor(device, Recompression(priority=1))
+    # The number 5 has no page yet, while 1 has: it is the one that the next codec gets, in the middle of the first batch.
+    monkeypatch.setattr("zramd.device.recompression.pause", lambda: None)
+    taken = work._take
+    levels = iter([codec("zstd", 9)])
+
+    def take(batch: list[int]) -> list[tuple[int, int, bytes]]:
+        found = taken(batch)
+        for chosen in levels:
+            opened.set_algorithm(1, chosen)
+        return found
+
+    monkeypatch.setattr(work, "_take", take)
+    work.run()
+    assert device.identity.algorithms.number(1) == 5
     assert read(device, 0, 1 << 20) == contents
 
 

@@ -138,7 +138,9 @@ def test_json_is_one_line_with_everything(path: Path, opened: OpenDevice) -> Non
 def test_each_answer_is_followed_by_a_blank_line(path: Path, name: str) -> None:
     answer = converse(path, f"{name}\n".encode())
     assert answer == "\n" or answer.endswith("\n\n")
-    assert answer.count("\n") == {"classes": 123, "codecs": 4, "debug_stat": 3, "recomp_algorithm": 1}.get(name, 2)
+    assert answer.count("\n") == {"classes": 123, "codecs": 4, "debug_stat": 3, "recomp_algorithm": 1, "work": 1}.get(
+        name, 2
+    )
 
 
 def test_a_connection_may_ask_many_times(path: Path) -> None:

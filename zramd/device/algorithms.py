@@ -10,7 +10,7 @@ pages get the new one, under the other of the priority's two numbers, provided t
 import hashlib
 from collections.abc import Callable, Sequence
 
-from zramd.device.codecs import Codec, codec
+from zramd.device.codecs import Codec, CodecError, Decompress, codec
 from zramd.layout import (
     CODEC_DICTIONARY_BYTES,
     CODEC_DICTIONARY_HASH,
@@ -75,6 +75,36 @@ class Algorithms:
         """The codecs to recompress with, by priority."""
         found = {priority: self.at(priority) for priority in range(1, PRIORITIES)}
         return {priority: chosen for priority, chosen in found.items() if chosen is not None}
+
+
+class Decompressors:
+    """Decompressors for all of a device's codecs, for one thread beside those that serve: they need no lock.
+
+    A number may get another codec once no page has it any more. So who copies what is stored calls `refresh` under the
+    same hold of the device's lock, and decompresses the copies before the next call.
+    """
+
+    def __init__(self, algorithms: Algorithms) -> None:
+        self._algorithms = algorithms
+        self._generation = -1
+        self._made: list[Decompress | None] = []
+
+    def refresh(self, generation: int) -> None:
+        """Take notice of codecs that have changed since another generation. The caller holds the device's lock."""
+        if generation != self._generation:
+            self._made = [chosen.decompressor() if chosen else None for chosen in self._algorithms.codecs]
+            self._generation = generation
+
+    def page(self, entry: int, data: bytes) -> bytes:
+        """Return the page of an entry that is compressed, with these data.
+
+        Raises:
+            CodecError: the data are damaged.
+        """
+        decompress = self._made[codec_number(entry)]
+        if decompress is None:
+            raise CodecError("there is no such codec")
+        return decompress(memoryview(data))
 
 
 def load_algorithms(words: memoryview, read_dictionary: ReadDictionary) -> Algorithms:

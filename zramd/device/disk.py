@@ -5,7 +5,7 @@ A disk without a device is uninitialised: it has a name and settings, but no siz
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zramd.device.algorithms import PRIMARY
@@ -15,6 +15,7 @@ from zramd.device.idle import mark_idle
 from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
 from zramd.device.recompression import Outcome, Recompression, Recompressor
 from zramd.device.slices import in_slices
+from zramd.device.work import Work, WorkKind, Works, WorkUnderWayError
 from zramd.device.zram import uptime
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
@@ -60,7 +61,7 @@ class Disk:
         self._directory = directory
         self._chain_size = chain_size
         self._control = threading.Lock()
-        self._recompressing = threading.Lock()
+        self.works = Works()
         self._changed = threading.Condition()
         self._clients: list[HangUp] = []
         self._resetting = False
@@ -246,13 +247,23 @@ class Disk:
             if self.opened:
                 self.opened.device.reset_mem_used_max()
 
+    @contextmanager
+    def _work(self, kind: WorkKind) -> Iterator[Work]:
+        try:
+            with self.works.begin(kind) as work:
+                yield work
+        except WorkUnderWayError as error:
+            raise BusyError(f"{self.name}: {error}") from error
+
     def compact(self) -> None:
-        """Compact the pool.
+        """Compact the pool. While another thread does so, there is nothing to do.
 
         Raises:
             UninitialisedError: there is no pool.
         """
-        self.require_opened().device.compact()
+        device = self.require_opened().device
+        with suppress(WorkUnderWayError), self.works.begin(WorkKind.COMPACT) as work:
+            device.compact(work)
 
     def mark_idle(self, seconds: int | None) -> None:
         """Mark pages that were not touched for so many seconds as idle, and the others as not; None: all.
@@ -261,15 +272,16 @@ class Disk:
             UninitialisedError: there are no pages.
         """
         device = self.require_opened().device
-        in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds))
+        with self._work(WorkKind.IDLE) as work:
+            in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds, work))
 
-    def recompress(self, order: Recompression, note: Callable[[Recompressor], None] = lambda _: None) -> Outcome:
-        """Recompress pages; `note` is given the work that begins.
+    def recompress(self, order: Recompression) -> Outcome:
+        """Recompress pages.
 
         Raises:
             UninitialisedError: there are no pages.
             ValueError: there is no such codec, or the threshold is that of huge pages.
-            BusyError: a recompression is under way.
+            BusyError: other work that changes pages is under way.
             NoMemoryError: there is no room to do it in.
             PageError: a page is damaged.
         """
@@ -279,14 +291,8 @@ class Disk:
         secondary = device.identity.algorithms.secondary
         if order.priority not in (None, *secondary) or not secondary:
             raise ValueError("there is no such algorithm to recompress with: set recomp_algorithm")
-        if not self._recompressing.acquire(blocking=False):
-            raise BusyError("another recompression is under way")
-        try:
-            work = Recompressor(device, order)
-            note(work)
-            return work.run()
-        finally:
-            self._recompressing.release()
+        with self._work(WorkKind.RECOMPRESS) as work:
+            return Recompressor(device, order, work).run()
 
     def grow(self, disksize: int) -> None:
         """Make the disk larger: `disksize` bytes, rounded up to pages.

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from zramd.layout import ENTRY_IDLE, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PageState
+from zramd.device.work import Work, WorkKind
+from zramd.layout import ENTRY_IDLE, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PAGE_SHIFT, PageState
 
 if TYPE_CHECKING:
     from zramd.device.zram import Device
@@ -12,12 +13,14 @@ _STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _IN_MEMORY = {state << ENTRY_STATE_SHIFT for state in (PageState.COMPRESSED, PageState.HUGE)}
 
 
-def mark_idle(device: "Device", cutoff: int | None) -> Iterator[None]:
+def mark_idle(device: "Device", cutoff: int | None, work: Work | None = None) -> Iterator[None]:
     """Mark pages as idle, in steps of a chunk of the page table; the caller holds the lock in each.
 
     Those that were last touched before `cutoff`, in seconds of CLOCK_BOOTTIME, are idle and the others are not; None is
-    all. What has no object in memory (same-filled, written back) is left alone.
+    all. What has no object in memory (same-filled, written back) is left alone. `work` counts pages of the device.
     """
+    work = work or Work(WorkKind.IDLE)
+    work.total = device.disksize >> PAGE_SHIFT
     for first, entries in device.chunks():
         times = device.access_times(first, len(entries)) if cutoff is not None else None
         for offset, entry in enumerate(entries):
@@ -26,4 +29,8 @@ def mark_idle(device: "Device", cutoff: int | None) -> Iterator[None]:
                 wanted = entry | ENTRY_IDLE if idle else entry & ~ENTRY_IDLE
                 if wanted != entry:
                     device.replace_entry(first + offset, wanted)
+        work.done = first + len(entries)
+        if work.cancelled:
+            return
         yield
+    work.done = work.total

@@ -8,9 +8,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zramd.device.algorithms import codec_number, entry_bits
+from zramd.device.algorithms import Decompressors, codec_number, entry_bits
 from zramd.device.codecs import CodecError
 from zramd.device.slices import in_slices, pause
+from zramd.device.work import Work, WorkKind
 from zramd.device.zram import Device, PageError
 from zramd.layout import (
     ENTRY_IDLE,
@@ -69,20 +70,28 @@ def size_of(entry: int) -> int:
 
 
 class Recompressor:
-    """Recompresses pages of a device in the calling thread; others may look at `outcome`, and set `cancelled`."""
+    """Recompresses pages of a device in the calling thread; others may look at `outcome` and `work`, and cancel it."""
 
-    def __init__(self, device: Device, order: Recompression) -> None:
+    def __init__(self, device: Device, order: Recompression, work: Work | None = None) -> None:
         self.outcome = Outcome()
-        self.cancelled = False
+        self.work = work or Work(WorkKind.RECOMPRESS)
         self._device = device
         self._order = order
-        algorithms = device.identity.algorithms
-        self._codecs = algorithms.secondary
-        if order.priority is not None:
-            self._codecs = {order.priority: self._codecs[order.priority]}
-        self._numbers = {priority: algorithms.number(priority) for priority in self._codecs}
-        self._highest = max(algorithms.secondary)
         self._page = bytearray(PAGE_SIZE)
+        self._decompressors = Decompressors(device.identity.algorithms)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take the codecs that the device has now."""
+        device, algorithms = self._device, self._device.identity.algorithms
+        self._generation = device.generation
+        self._highest = max(algorithms.secondary, default=0)
+        self._codecs = {
+            priority: chosen
+            for priority, chosen in algorithms.secondary.items()
+            if self._order.priority in (None, priority)
+        }
+        self._numbers = {priority: algorithms.number(priority) for priority in self._codecs}
         self._compress = {
             priority: device.page_compressor(chosen, self._page) for priority, chosen in self._codecs.items()
         }
@@ -97,12 +106,17 @@ class Recompressor:
         buckets = [array("Q") for _ in range(PAGE_SIZE // BUCKET_BYTES + 1)]
         in_slices(self._device, self._scan(buckets))
         self.outcome.candidates = sum(map(len, buckets))
+        most = self._order.max_pages
+        self.work.total = self.outcome.candidates if most is None else min(most, self.outcome.candidates)
         # The kernel takes the largest first, and of one bucket the page that was found last.
         for bucket in reversed(buckets):
-            while bucket and not self.cancelled and not self._device.retired:
+            while bucket and not self.work.cancelled and not self._device.retired:
                 batch = bucket[-BATCH:]
                 del bucket[-BATCH:]
-                if not self._recompress(list(reversed(batch))):
+                more = self._recompress(list(reversed(batch)))
+                self.work.done = min(self.work.done + len(batch), self.work.total)
+                self.work.saved = self.outcome.bytes_before - self.outcome.bytes_after
+                if not more:
                     return self.outcome
                 pause()
         return self.outcome
@@ -112,6 +126,8 @@ class Recompressor:
             for offset, entry in enumerate(entries):
                 if self._is_candidate(entry):
                     buckets[size_of(entry) // BUCKET_BYTES].append(first + offset)
+            if self.work.cancelled:
+                return
             yield
 
     def _is_candidate(self, entry: int) -> bool:
@@ -119,7 +135,7 @@ class Recompressor:
         return (
             state in _IN_MEMORY
             and not entry & ENTRY_INCOMPRESSIBLE
-            and codec_number(entry) % PRIORITIES < max(self._codecs)
+            and codec_number(entry) % PRIORITIES < max(self._codecs, default=0)
             and (not self._order.idle or bool(entry & ENTRY_IDLE))
             and (not self._order.huge or state == _HUGE)
         )
@@ -133,7 +149,8 @@ class Recompressor:
         except CodecError as error:
             raise PageError(f"a page cannot be recompressed: {error}") from error
         with device:
-            for index, entry, stored, priority in done:
+            # What has a codec's number must be of that codec: one that has changed meanwhile may have lost its number.
+            for index, entry, stored, priority in done if device.generation == self._generation else []:
                 if not device.retired and device.entry(index) == entry:
                     self._store(index, entry, stored, priority)
         return self._order.max_pages is None or self.outcome.tried < self._order.max_pages
@@ -143,6 +160,9 @@ class Recompressor:
         device, order = self._device, self._order
         taken: list[tuple[int, int, bytes]] = []
         with device:
+            self._decompressors.refresh(device.generation)
+            if device.generation != self._generation:
+                self._choose()
             for index in [] if device.retired else batch:
                 entry = device.entry(index)
                 if not self._is_candidate(entry) or size_of(entry) < order.threshold:
@@ -158,7 +178,7 @@ class Recompressor:
     def _try(self, entry: int, data: bytes) -> tuple[bytes | None, int]:
         """Return a page compressed so that it makes progress, or None; and the priority that was tried last."""
         device, threshold = self._device, self._order.threshold
-        self._page[:] = data if entry & _STATE == _HUGE else device.decompress(entry, memoryview(data))
+        self._page[:] = data if entry & _STATE == _HUGE else self._decompressors.page(entry, data)
         tried = 0
         for priority in sorted(self._codecs):
             if priority <= codec_number(entry) % PRIORITIES:

@@ -20,6 +20,7 @@ from zramd.device.slices import in_slices
 from zramd.device.states import Run, state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
+from zramd.device.work import Work, WorkKind
 from zramd.layout import (
     ACCESSED_CHUNK_SHIFT,
     ENTRY_HANDLE_MASK,
@@ -97,7 +98,6 @@ class Device:
         self.lock = threading.Lock()
         self.retired = False  # the regions are gone
         self.pool = pool
-        self._compacting = threading.Lock()
         self.record = record(DeviceRecord.END)
         self._words = superblock.words
         self._table = tables.entries
@@ -128,6 +128,11 @@ class Device:
         codecs = self.identity.algorithms.codecs
         self._decompressors = [chosen.decompressor() if chosen else None for chosen in codecs]
         self.record[_GENERATION] += 1
+
+    @property
+    def generation(self) -> int:
+        """How often a codec was changed."""
+        return self.record[_GENERATION]
 
     def codec_pages(self, number: int) -> int:
         """Return how many compressed pages have the codec of a number."""
@@ -378,10 +383,10 @@ class Device:
     def chunks(self) -> Iterator[tuple[int, list[int]]]:
         """Yield (first page, entries) of each chunk of the page table that is in use. The caller holds the lock."""
         pages = self.disksize >> PAGE_SHIFT
-        for chunk in range(len(self._table.ready)):
-            if self._table.ready[chunk]:
-                low = chunk << TABLE_CHUNK_SHIFT
-                yield low, self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
+        chunk = -1
+        while (chunk := self._table.ready.find(1, chunk + 1)) >= 0:
+            low = chunk << TABLE_CHUNK_SHIFT
+            yield low, self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
 
     def entry(self, index: int) -> int:
         """Return the entry of a page. The caller holds the lock."""
@@ -438,17 +443,17 @@ class Device:
             self._words[Superblock.MEM_USED_MAX] = self.pool.pages
             self.record[_NOTED_PAGES] = 0
 
-    def compact(self) -> None:
-        """Compact the pool, in slices beside I/O. While another thread does so, there is nothing to do."""
-        if self._compacting.acquire(blocking=False):
-            try:
-                in_slices(self, self._compact())
-            finally:
-                self._compacting.release()
+    def compact(self, work: Work | None = None) -> None:
+        """Compact the pool, in slices beside I/O; only one thread may do so at a time."""
+        in_slices(self, self._compact(work or Work(WorkKind.COMPACT)))
 
-    def _compact(self) -> Iterator[None]:
+    def _compact(self, work: Work) -> Iterator[None]:
         for pages in compact(self.pool):
             self._words[Superblock.PAGES_COMPACTED] += pages
+            work.done += pages
+            work.saved += pages * PAGE_SIZE
+            if work.cancelled:
+                return
             yield
 
     def retire(self) -> None:

@@ -83,6 +83,7 @@ _TEXTS: dict[str, Callable[[Disk], str]] = {
     "initstate": lambda disk: f"{int(disk.disksize != 0)}\n",
     "classes": lambda disk: format_classes(disk.class_stats()),
     "codecs": lambda disk: codecs.describe(disk.algorithm() or ""),
+    "work": lambda disk: "".join(f"{work}\n" for work in disk.works.under_way()),
 }
 
 NAMES = (*_TEXTS, "json")
@@ -131,4 +132,5 @@ def everything(served: Served) -> dict[str, object]:
         "mm_stat": asdict(disk.mm_stat()),
         "io_stat": asdict(disk.io_stat()),
         "stat": asdict(disk.request_stat()),
+        "work": [asdict(work) | {"seconds": work.seconds} for work in disk.works.under_way()],
     }

@@ -12,6 +12,7 @@ from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import BusyError, Disk, UninitialisedError
 from zramd.device.recompression import Recompression
 from zramd.device.superblock import StateError
+from zramd.device.work import WorkKind
 from zramd.device.zram import PageError
 from zramd.layout import PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
@@ -126,6 +127,15 @@ def parse_recompression(disk: Disk, value: str) -> Recompression:
     return Recompression(idle, huge, _number(words, "threshold") or 0, _number(words, "max_pages"), priority)
 
 
+def _cancel(disk: Disk, value: str) -> None:
+    """Let long work stop: that of a kind, or all. The kernel has nothing like it."""
+    text = value.strip()
+    kinds = [kind.value for kind in WorkKind]
+    if text != "all" and text not in kinds:
+        raise ValueError(f"cancel takes `all`, or a kind of work: {', '.join(kinds)}")
+    disk.works.cancel(None if text == "all" else WorkKind(text))
+
+
 def _reset(disk: Disk, value: str) -> None:
     force = value == FORCE
     if not force:
@@ -156,6 +166,7 @@ _WORDS: dict[str, Callable[[Disk, str], object]] = {
     "idle": _mark_idle,
     "recompress": lambda disk, value: disk.recompress(parse_recompression(disk, value)),
     "grow": lambda disk, value: disk.grow(memparse(value)),
+    "cancel": _cancel,
     "reset": _reset,
 }
 
