@@ -143,7 +143,7 @@ def test_a_codec_that_changes_under_a_recompression_is_not_given_the_pages_of_th
     assert device.codec_pages(1)
     opened.set_algorithm(1, codec("lz4hc", 9))
     work = Recompressor(device, Recompression(priority=1))
-    # The number 5 has no page yet, while 1 has: it is the one that the next codec gets, in the middle of the first batch.
+    # The number 5 has no page yet, while 1 has: the next codec gets it, in the middle of a batch.
     monkeypatch.setattr("zramd.device.recompression.pause", lambda: None)
     taken = work._take
     levels = iter([codec("zstd", 9)])
