@@ -57,7 +57,7 @@ class Client:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                 sock.settimeout(60)
                 try:
-                    _enter(sock, unix)
+                    enter(sock, unix)
                     self._look(sock)
                     while True:
                         self._batch(sock)
@@ -70,8 +70,8 @@ class Client:
         requests = (SIMPLE.request(READ, page, (self._first + page) * PAGE_SIZE, PAGE_SIZE) for page in unsure)
         sock.sendall(b"".join(requests))
         for page in unsure:
-            assert _receive(sock, REPLY_BYTES) == SIMPLE.done(page)
-            self._find(page, _receive(sock, PAGE_SIZE))
+            assert receive_all(sock, REPLY_BYTES) == SIMPLE.done(page)
+            self._find(page, receive_all(sock, PAGE_SIZE))
 
     def _find(self, page: int, content: bytes) -> None:
         held = self.possible[page]
@@ -82,9 +82,9 @@ class Client:
         requests = [self._request(cookie) for cookie in range(BATCH)]
         sock.sendall(b"".join(frame for frame, _, _, _ in requests))
         for cookie, (_, page, contents, wanted) in enumerate(requests):
-            assert _receive(sock, REPLY_BYTES) == SIMPLE.done(cookie)
+            assert receive_all(sock, REPLY_BYTES) == SIMPLE.done(cookie)
             if wanted is not None:
-                assert _receive(sock, PAGE_SIZE) == wanted, f"page {self._first + page} was read wrong"
+                assert receive_all(sock, PAGE_SIZE) == wanted, f"page {self._first + page} was read wrong"
             self.answered += 1
             for number, content in enumerate(contents, page):
                 # Requests of one connection that hit a page are carried out in order.
@@ -142,7 +142,7 @@ class Client:
             self._find(page, disk[start : start + PAGE_SIZE])
 
 
-def _enter(sock: socket.socket, unix: Path) -> None:
+def enter(sock: socket.socket, unix: Path) -> None:
     """Connect to the default export.
 
     Raises:
@@ -151,10 +151,10 @@ def _enter(sock: socket.socket, unix: Path) -> None:
     """
     sock.connect(str(unix))
     sock.sendall(client_flags() + option(EXPORT_NAME))
-    _receive(sock, len(GREETING) + 10)
+    receive_all(sock, len(GREETING) + 10)
 
 
-def _receive(sock: socket.socket, length: int) -> bytes:
+def receive_all(sock: socket.socket, length: int) -> bytes:
     data = receive(sock, length)
     if len(data) < length:
         raise EOFError

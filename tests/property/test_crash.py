@@ -22,7 +22,7 @@ import zramd
 from tests.property.test_device import make_data, read, recount, write
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.memory import Region, RegionStore
 
@@ -193,4 +193,28 @@ def test_a_kill_at_any_line_of_a_change_of_algorithm_loses_nothing(tmp_path: Pat
             with opened.device:
                 opened.device.discard(PAGE_SIZE, SIZE - PAGE_SIZE)
             expected = expected[:PAGE_SIZE] + bytes(SIZE - PAGE_SIZE)
+    opened.close()
+
+
+def test_an_algorithm_that_gets_its_first_page_while_another_is_to_take_its_place_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (codec("zstd", 3, bytes(make_data("text", seed, 8192))) for seed in range(3))
+    opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted(SIZE, first))
+    data = make_data("text", 9, PAGE_SIZE)
+    write(opened.device, 0, data)
+    opened.set_algorithm(PRIMARY, second)
+    make = OpenDevice._new_dictionary
+
+    def make_late(self: OpenDevice, dictionary: bytes) -> Region:
+        write(self.device, PAGE_SIZE, data)
+        return make(self, dictionary)
+
+    monkeypatch.setattr(OpenDevice, "_new_dictionary", make_late)
+    with pytest.raises(CodecInUseError):
+        opened.set_algorithm(PRIMARY, third)
+    assert read(opened.device, 0, 2 * PAGE_SIZE) == data * 2
+    opened.close()
+    opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted())
+    assert read(opened.device, 0, 2 * PAGE_SIZE) == data * 2
     opened.close()
