@@ -38,7 +38,7 @@ class Kills:
         """Kill the servers of a new disk, and verify it after each kill."""
         generator = self._generator
         seed, algorithm, chain_size = generator.randrange(1 << 32), generator.choice(NAMES), generator.randrange(4, 17)
-        disk = KilledDisk(directory, seed, algorithm, chain_size)
+        disk = KilledDisk(directory, seed, algorithm, chain_size, integrity=generator.random() < 0.5)
         for number in range(min(most, KILLS_OF_A_DISK)):
             steps = [step for step in STEPS if (step.phase in EARLY) != bool(number)]
             step = generator.choice([None, generator.choice(steps)])

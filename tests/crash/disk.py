@@ -41,9 +41,11 @@ class KilledDisk:
     `answered` counts the requests of both clients, `compacted` the pages that compaction has freed.
     """
 
-    def __init__(self, directory: Path, seed: int, algorithm: str = "lz4", chain_size: int = 8) -> None:
+    def __init__(
+        self, directory: Path, seed: int, algorithm: str = "lz4", chain_size: int = 8, *, integrity: bool = False
+    ) -> None:
         self._directory = directory
-        self._wanted = Wanted(SIZE, codec(algorithm), chain_size)
+        self._wanted = Wanted(SIZE, codec(algorithm), chain_size, integrity=integrity)
         self._state = directory / "state"
         self._clients = [Client(seed, first, PAGES // 2) for first in (0, PAGES // 2)]
         self._sizes = [SIZE]
@@ -91,6 +93,8 @@ class KilledDisk:
     def _start(self, starter: Starter, step: Step | None = None, passing: int = 0) -> Server:
         assert self._wanted.codec is not None
         made_with = ["--algorithm", self._wanted.codec.name, "--chain-size", str(self._wanted.chain_size)]
+        if self._wanted.integrity:
+            made_with.append("--integrity")
         kept = ["--state", str(self._state), "--size", str(SIZE)]
         return starter.start(self._directory, *kept, *made_with, step=step, passing=passing)
 
@@ -189,12 +193,12 @@ def _require_killed(server: Server, *last_words: str) -> None:
 
 
 class _Traffic:
-    """What goes on while a server lives: its clients, and one compaction after the other. It ends with the server."""
+    """What goes on while a server lives: its clients, compaction and recompression. It ends with the server."""
 
     def __init__(self, clients: list[Client], server: Server) -> None:
         self._failures: list[BaseException] = []
         actions = [partial(client.run, server.unix, server.has_died) for client in clients]
-        actions.append(partial(_compact, server))
+        actions.append(partial(_compact_and_recompress, server))
         self._threads = [threading.Thread(target=self._run, args=(action,)) for action in actions]
 
     def _run(self, action: Callable[[], None]) -> None:
@@ -214,10 +218,12 @@ class _Traffic:
             raise self._failures[0]
 
 
-def _compact(server: Server) -> None:
+def _compact_and_recompress(server: Server) -> None:
+    _ask(server, "recomp_algorithm algo=zstd priority=1")
     while not server.has_died():
-        _ask(server, "compact 1")
-        time.sleep(PAUSE_SECONDS)
+        for request in ("compact 1", "recompress max_pages=20"):
+            _ask(server, request)
+            time.sleep(PAUSE_SECONDS)
 
 
 def _ask(server: Server, request: str) -> None:

@@ -168,6 +168,15 @@ COMPACTING = (
         most=20,
     ),
 )
+RECOMPRESSING = (
+    Step(
+        "page-recompressed",
+        "a page with its smaller object, and the one that it had, which no entry reaches any more",
+        f"{_DEVICE}.restore",
+        "self._table.words[index] =",
+        most=20,
+    ),
+)
 GROWING = (
     Step(
         "handles-populated",
@@ -311,4 +320,4 @@ RESETTING = (
         phase=Phase.RESETTING,
     ),
 )
-STEPS = (*WRITING, *TRIMMING, *COMPACTING, *GROWING, *OPENING, *MAKING, *ENLARGING, *RESETTING)
+STEPS = (*WRITING, *TRIMMING, *COMPACTING, *RECOMPRESSING, *GROWING, *OPENING, *MAKING, *ENLARGING, *RESETTING)
