@@ -418,13 +418,14 @@ def test_without_a_server_it_can_leave_too(kernel: FakeKernel, place: Place, att
 
 
 def test_a_device_without_a_keeper_is_taken_over_and_what_is_dead_replaced(
-    kernel: FakeKernel, place: Place, attach: Attach
+    kernel: FakeKernel, place: Place, attach: Attach, order: Order
 ) -> None:
-    attach(connections=2).die()
+    attach(connections=2, device="nbd0").die()
+    order.save()
     kernel.write(0, PAGE)
     kernel.cut(0, 1)
     wait_for(lambda: kernel.alive() == 1)
-    second = attach(device="nbd0")
+    second = attach(connections=1)
     assert kernel.alive() == 2
     assert (kernel.commands(), kernel.dropped) == ([CONNECT, RECONFIGURE], 1)
     assert second.keeper.payload == 0
@@ -597,6 +598,17 @@ def test_a_queue_that_cannot_be_set_is_no_reason_to_fail(kernel: FakeKernel) -> 
 def test_an_order_is_understood_as_it_was_meant(order: Order) -> None:
     understood = Order.parse(order.words())
     assert all(getattr(understood, name) == getattr(order, name) for name in Order.__slots__)
+
+
+def test_an_order_is_known_until_its_device_is_gone(tmp_path: Path) -> None:
+    order = Order(["/a b.nbd"], "zram1", "nbd3", connections=5, runtime=str(tmp_path))
+    assert Order.load(str(tmp_path), "nbd3") is None
+    order.save()
+    kept = Order.load(str(tmp_path), "nbd3")
+    assert kept is not None
+    assert kept.words() == order.words()
+    order.forget()
+    assert Order.load(str(tmp_path), "nbd3") is None
 
 
 def test_a_pid_file_tells_who_has_it_and_is_worth_nothing_without_them(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ class Keeper:
         self._addresses = order.addresses
         self._dead_seconds = order.dead_seconds
         self._say = say
-        # A device that is taken over may have more; it goes on with those that it then has.
-        self._connections = max(order.connections, device.count("mq"))
+        self._connections = order.connections
         # Held open: once the device is disconnected it reads as gone for good, whoever connects it again.
         self._backend = os.open(device.file("backend"), os.O_RDONLY)
         self._dead = 0
@@ -121,6 +120,9 @@ class Keeper:
         pid_file = pid_path(order.runtime, device.name)
         if is_held(pid_file):
             raise KeeperError(f"{device.path} is attached already, and process {holder(pid_file)} keeps it")
+        before = Order.load(order.runtime, device.name)
+        if before is not None:
+            order.connections = before.connections
         keeper = cls(family, device, uuid, order, say)
         keeper._lose(keeper._connections)
         try:
@@ -250,7 +252,7 @@ class Keeper:
                 if made[-1].size > self.device.size:
                     self._family.reconfigure(self._index, self._uuid, size=made[-1].size)
                     self._tell(f"has grown to {made[-1].size} bytes")
-        except NetlinkError as error:
+        except OSError as error:
             reason = error
         finally:
             for connection in made:

@@ -97,6 +97,10 @@ class NbdDevice(Attachment):
             raise AttachError(f"{self.path} is detached, but process {keeper} that kept it does not end: kill {keeper}")
         if self._keeper is not None:
             self._keeper.wait()
+        # A keeper that was killed has left it.
+        order = Order.load(str(runtime_directory()), self.path.name)
+        if order is not None:
+            order.forget()
 
 
 def _read_all(stream: IO[str] | None) -> str:

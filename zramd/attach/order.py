@@ -5,6 +5,8 @@
 It imports next to nothing, as all that a keeper imports.
 """
 
+import os
+
 from zramd.nbd.client import Address
 
 MAX_CONNECTIONS = 16
@@ -74,6 +76,28 @@ class Order:
             f"runtime={self.runtime}",
         ]
 
+    def save(self) -> None:
+        """Leave the order, once its device is attached, for a later keeper of that.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with open(_path(self.runtime, self.device), "w") as file:
+            file.write("\0".join(self.words()))
+
+    @classmethod
+    def load(cls, runtime: str, device: str) -> "Order | None":
+        """Return the order by which a device was attached, if that is known."""
+        try:
+            with open(_path(runtime, device)) as file:
+                return cls.parse(file.read().split("\0"))
+        except FileNotFoundError:
+            return None
+
+    def forget(self) -> None:
+        """Remove what `save` left: the device is not attached any more."""
+        os.unlink(_path(self.runtime, self.device))
+
     @classmethod
     def parse(cls, words: list[str]) -> "Order":
         """Return the order that `words` made."""
@@ -92,3 +116,7 @@ class Order:
             else:
                 setattr(order, key, int(value))
         return order
+
+
+def _path(runtime: str, device: str) -> str:
+    return os.path.join(runtime, f"{device}.order")

@@ -86,6 +86,7 @@ class _Process:
         keeper = Keeper.attach(_open_family(), order, self.say)
         pid_file = keeper.take_pid_file(order.runtime)
         order.device = keeper.device.name
+        order.save()
         if keeper.payload:
             self._start(lambda: prepare(keeper.device, order.io_timeout, keeper.payload, self.say), self._announce)
         else:
@@ -95,11 +96,14 @@ class _Process:
         try:
             return keeper.keep(self._wakeups, lambda: self._woken(keeper))
         finally:
+            if not keeper.is_attached():
+                order.forget()
             pid_file.remove()
 
     def say(self, text: str) -> None:
-        """Write a line to the log."""
+        """Write a line to the log, and tell systemd, if it has started this."""
         self.write(f"zramd: {text}")
+        notify(f"STATUS={text}")
 
     def write(self, line: str) -> None:
         """Write a line to standard error, unless that would have to wait for whoever reads it."""

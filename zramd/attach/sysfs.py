@@ -82,10 +82,6 @@ class BlockDevice:
         except OSError:
             return []
 
-    def count(self, attribute: str) -> int:
-        """Return how many entries a directory of attributes has, such as mq's: one for each connection of an nbd."""
-        return len(self._list(attribute))
-
 
 def block_devices(prefix: str, root: str = "/") -> list[BlockDevice]:
     """Return the devices whose names are a prefix and a number, by number."""

@@ -12,11 +12,13 @@ from zramd.attach.loop import LoopDevice, attached_loop_devices
 from zramd.attach.module import load_nbd
 from zramd.attach.order import DEFAULT_DEAD_SECONDS, DEFAULT_IO_TIMEOUT_MS, MAX_CONNECTIONS, Order
 from zramd.attach.process import command
+from zramd.attach.sysfs import BlockDevice
 from zramd.cli.options import Parsed, status_option
 from zramd.cli.stat import disk_socket, request
 from zramd.log import start_log
+from zramd.nbd.client import Address
 from zramd.nbd.uri import UriError, parse_uri
-from zramd.paths import STATUS_SUFFIX, make_runtime_directory
+from zramd.paths import STATUS_SUFFIX, make_runtime_directory, runtime_directory
 
 NBD_ONLY = ("device", "connections", "dead_timeout", "io_timeout", "swap", "foreground")
 """What there is to choose when the kernel's NBD client attaches; nbdfuse chooses for itself."""
@@ -111,7 +113,7 @@ def attach(
         if device is not None and not device.name.startswith("nbd"):
             raise click.UsageError(f"{device} is no NBD device; --fuse takes the loop device that is free")
         load_nbd()
-        addresses, name = parse_uri(uri or _served_uri(socket))
+        addresses, name = _find_export(uri, socket, device)
         order = Order(
             addresses,
             name,
@@ -138,6 +140,16 @@ def _refuse_nbd_options(context: click.Context) -> None:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             shown = "DEVICE" if name == "device" else f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{shown} and --fuse exclude each other")
+
+
+def _find_export(uri: str | None, socket: Path | None, device: Path | None) -> tuple[list[Address], str]:
+    """Return the addresses of a server, and the name of its export."""
+    if uri is None and device is not None and BlockDevice(device.name).read("backend"):
+        # It has lost its keeper; its server may be away too.
+        before = Order.load(str(runtime_directory()), device.name)
+        if before is not None:
+            return before.addresses, before.name
+    return parse_uri(uri or _served_uri(socket))
 
 
 def _served_uri(socket: Path | None) -> str:
