@@ -286,11 +286,11 @@ def test_a_bit_that_flips_in_a_page_table_entry_shows_nothing_wrong(
 def test_a_bit_that_flips_in_the_superblock_shows_nothing_wrong(kept: Kept, directory: Path, starter: Starter) -> None:
     generator = random.Random(2)
     refused = 0
-    for number in range(2 * FLIPS):
+    for number in range(FLIPS):
         word = generator.randrange(max(Superblock) + 1)
         flip(kept, directory / str(number), "superblock", word * WORD, generator.randrange(64))
         refused += is_refused(starter, directory / str(number), kept.contents)
-    assert refused > FLIPS // 2
+    assert refused > FLIPS // 4
 
 
 @pytest.mark.parametrize("kind", ["entry", "handle", "header", "payload"])
@@ -299,7 +299,7 @@ def test_with_checksums_a_bit_that_flips_anywhere_shows_nothing_wrong(
 ) -> None:
     generator = random.Random(kind)
     kept = kept_with_checksums
-    for number in range(FLIPS // 2):
+    for number in range(FLIPS // 4):
         region, offset = generator.choice(kept.words[kind])
         flip(kept, directory / str(number), region, offset, generator.randrange(1, 64))
         is_refused(starter, directory / str(number), kept.contents)
