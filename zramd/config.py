@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from zramd.device.codecs import parse_codec
+from zramd.device.choice import parse_choice
 from zramd.device.opening import Wanted
 from zramd.nbd.access import Access
 from zramd.nbd.identity import MAX_DESCRIPTION, UUID_LENGTH
@@ -200,12 +200,14 @@ def _disk(table: Table) -> DiskSettings:
     if state is None and not volatile:
         state = state_directory(table.name)
     status = table.take("status", _path, None) or make_runtime_directory() / f"{table.name}{STATUS_SUFFIX}"
+    choice = table.take("compression-algorithm", lambda value: parse_choice(_string(value)), None)
     return DiskSettings(
         name=table.name,
         wanted=Wanted(
             disksize=table.take("size", _size(0), None),
-            codec=table.take("compression-algorithm", lambda value: parse_codec(_string(value)), None),
+            codec=choice.primary if choice else None,
             chain_size=table.take("chain-size", _number(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE), None),
+            secondary=choice.secondary if choice else {},
             integrity=table.take("integrity", _boolean, False),
         ),
         mem_limit=table.take("resident-limit", _size(0), None),
@@ -215,6 +217,7 @@ def _disk(table: Table) -> DiskSettings:
         group=table.take("status-group", find_group, None),
         description=table.take("description", _description, DESCRIPTION),
         read_only=table.take("read-only", _boolean, False),
+        recompression=choice.recompression if choice else None,
     )
 
 

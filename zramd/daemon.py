@@ -21,6 +21,7 @@ from zramd import noswap
 from zramd.activation import activated, standard_input
 from zramd.attach.module import has_nbd
 from zramd.attach.swaps import swaps_of
+from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
 from zramd.device.opening import DEFAULT_ALGORITHM
@@ -107,8 +108,9 @@ def check(settings: Settings) -> None:
                 f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
                 "--state, and neither --volatile nor --stdio"
             )
-    for chosen in {disk.wanted.codec or codec(DEFAULT_ALGORITHM) for disk in settings.disks}:
-        _try_out(chosen)
+    for disk in settings.disks:
+        for chosen in (disk.wanted.codec or codec(DEFAULT_ALGORITHM), *disk.wanted.secondary.values()):
+            _try_out(chosen)
 
 
 @cache
@@ -324,8 +326,9 @@ def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
         _try_out(disk.open(wanted).device.identity.codec)
     elif wanted.codec:
-        disk.set_algorithm(wanted.codec.name)
-        disk.set_parameters(Parameters(wanted.codec.level, wanted.codec.dictionary))
+        for priority, chosen in ({PRIMARY: wanted.codec} | wanted.secondary).items():
+            disk.set_algorithm(chosen.name, priority)
+            disk.set_parameters(Parameters(chosen.level, chosen.dictionary), priority)
     if settings.mem_limit is not None:
         disk.set_mem_limit(settings.mem_limit)
     return disk

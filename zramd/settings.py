@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zramd.device.opening import Wanted
+from zramd.device.recompression import Recompression
 from zramd.nbd.access import DEFAULT_ACCESS, Access
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsSettings
@@ -18,6 +19,7 @@ class DiskSettings:
 
     A disksize of 0 leaves it uninitialised. `mem_limit` None is as the kept state says. `state` None keeps nothing.
     `status` and `admin` are its two sockets, None for none; `group` is the gid that may read the first.
+    `recompression` is which pages the policy recompresses, None for those that are idle or huge.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DiskSettings:
     group: int | None = None
     description: str = DESCRIPTION
     read_only: bool = False
+    recompression: Recompression | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,10 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
       mem_used_max      0: the peak starts from the current use
       compact           anything: compact the pool
       reset             1: throw the contents and all settings away; `force` disconnects clients
-      comp_algorithm    lz4, lz4hc or zstd; before disksize
-      algorithm_params  'level=N dict=/PATH'; before disksize
+      comp_algorithm    lz4, lz4hc or zstd
+      algorithm_params  'level=N dict=/PATH priority=P'
+      recomp_algorithm  'algo=NAME priority=P', P being 1 to 3: what to recompress with
+      cancel            work that is under way: recompress, writeback ..., or all
       disksize          makes the disk; after a reset, or after `zramd serve --size 0`
       grow              makes it larger, while it is used
       stop              1: end the server; `force`, even while the machine swaps to it

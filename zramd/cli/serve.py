@@ -9,7 +9,7 @@ from zramd.cli.options import Parsed
 from zramd.config import ConfigError, find_group, load, parse_address
 from zramd.daemon import DaemonError, run
 from zramd.daemon import check as daemon_check
-from zramd.device.codecs import Codec, parse_codec
+from zramd.device.choice import Choice, parse_choice
 from zramd.device.opening import Wanted
 from zramd.log import start_log
 from zramd.native import EngineError, choose
@@ -34,8 +34,9 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--algorithm",
-    type=Parsed("algorithm", parse_codec),
-    help="lz4, lz4hc or zstd; with parameters: 'zstd(level=9,dict=/PATH)'. Default: lz4.",
+    type=Parsed("algorithm", parse_choice),
+    help="lz4, lz4hc or zstd; with parameters: 'zstd(level=9,dict=/PATH)'. After blanks more, to recompress with. "
+    "Default: lz4.",
 )
 @click.option("--unix", type=SOCKET, help="NBD socket to listen on.")
 @click.option(
@@ -71,7 +72,7 @@ def serve(
     context: click.Context,
     config: Path | None,
     size: int | None,
-    algorithm: Codec | None,
+    algorithm: Choice | None,
     unix: Path | None,
     tcp: tuple[str, int] | None,
     stdio: bool,
@@ -117,13 +118,20 @@ def serve(
                 disks=(
                     DiskSettings(
                         name=DEVICE_NAME,
-                        wanted=Wanted(size, algorithm, chain_size, integrity=integrity),
+                        wanted=Wanted(
+                            size,
+                            algorithm.primary if algorithm else None,
+                            chain_size,
+                            secondary=algorithm.secondary if algorithm else {},
+                            integrity=integrity,
+                        ),
                         mem_limit=mem_limit,
                         state=state,
                         status=status,
                         admin=admin or (status.with_suffix(ADMIN_SUFFIX) if status else None),
                         group=status_group,
                         read_only=read_only,
+                        recompression=algorithm.recompression if algorithm else None,
                     ),
                 ),
                 unix=(UnixAddress(unix),) if unix else (),

@@ -1,16 +1,17 @@
 """`zramd status` and `stat`: what a running server says of itself."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from zramd.cli.options import status_option
+from zramd.cli.options import admin_option, status_option
 from zramd.layout import PAGE_SIZE
-from zramd.paths import STATUS_SUFFIX
+from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX
 from zramd.sizes import format_size
-from zramd.status.client import SECONDS, StatusError, ask, find_disk, find_disks
+from zramd.status.client import SECONDS, StatusError, ask, find_disk, find_disks, stream
 
 
 def request(socket: Path, line: str, seconds: float | None = SECONDS) -> str:
@@ -138,3 +139,25 @@ def _status_row(facts: dict[str, Any]) -> dict[str, str]:
         "MEM-PEAK": format_size(memory["mem_used_max"]),
         "CLIENTS": str(facts["connections"]),
     }
+
+
+@click.command("block-state")
+@admin_option
+def block_state(socket: Path | None) -> None:
+    """Print what each page of the disk is, as the kernel's file block_state does.
+
+    A line is the number of a page that is in use, when it was last read or written (in seconds since the machine
+    started), and letters: s same-filled, w written back, h huge, i idle, r recompressed, n incompressible. It is for
+    the owner of the server and root. The server goes on meanwhile: pages may change before their line is there.
+
+    \b
+    Example:
+      zramd block-state | grep -c h
+    """
+    out = sys.stdout.buffer
+    try:
+        for line in stream(disk_socket(socket, ADMIN_SUFFIX), "block_state"):
+            out.write(line)
+        out.flush()
+    except StatusError as error:
+        raise click.ClickException(str(error)) from error

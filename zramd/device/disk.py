@@ -265,8 +265,10 @@ class Disk:
         with suppress(WorkUnderWayError), self.works.begin(WorkKind.COMPACT) as work:
             device.compact(work)
 
-    def mark_idle(self, seconds: int | None) -> None:
+    def mark_idle(self, seconds: int | None) -> int:
         """Mark pages that were not touched for so many seconds as idle, and the others as not; None: all.
+
+        Return how many are idle.
 
         Raises:
             UninitialisedError: there are no pages.
@@ -274,6 +276,7 @@ class Disk:
         device = self.require_opened().device
         with self._work(WorkKind.IDLE) as work:
             in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds, work))
+            return work.changed
 
     def recompress(self, order: Recompression) -> Outcome:
         """Recompress pages.

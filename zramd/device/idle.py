@@ -17,7 +17,8 @@ def mark_idle(device: "Device", cutoff: int | None, work: Work | None = None) ->
     """Mark pages as idle, in steps of a chunk of the page table; the caller holds the lock in each.
 
     Those that were last touched before `cutoff`, in seconds of CLOCK_BOOTTIME, are idle and the others are not; None is
-    all. What has no object in memory (same-filled, written back) is left alone. `work` counts pages of the device.
+    all. What has no object in memory (same-filled, written back) is left alone. `work` counts pages of the device,
+    those that are idle being changed.
     """
     work = work or Work(WorkKind.IDLE)
     work.total = device.disksize >> PAGE_SHIFT
@@ -26,6 +27,7 @@ def mark_idle(device: "Device", cutoff: int | None, work: Work | None = None) ->
         for offset, entry in enumerate(entries):
             if entry & _STATE in _IN_MEMORY:
                 idle = times is None or times[offset] < (cutoff or 0)
+                work.changed += idle
                 wanted = entry | ENTRY_IDLE if idle else entry & ~ENTRY_IDLE
                 if wanted != entry:
                     device.replace_entry(first + offset, wanted)

@@ -30,6 +30,9 @@ BUCKET_BYTES = 64
 BATCH = 8
 """Pages taken and stored under one hold of the lock each."""
 
+PAGE_TYPES = {"idle": (True, False), "huge": (False, True), "huge_idle": (True, True)}
+"""(idle, huge) of each type of page that a recompression may be for."""
+
 _STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
 _IN_MEMORY = {PageState.COMPRESSED << ENTRY_STATE_SHIFT, _HUGE}
@@ -62,6 +65,12 @@ class Outcome:
     recompressed: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    cancelled: bool = False
+
+    @property
+    def saved(self) -> int:
+        """Bytes by which objects became smaller."""
+        return self.bytes_before - self.bytes_after
 
 
 def size_of(entry: int) -> int:
@@ -115,10 +124,12 @@ class Recompressor:
                 del bucket[-BATCH:]
                 more = self._recompress(list(reversed(batch)))
                 self.work.done = min(self.work.done + len(batch), self.work.total)
-                self.work.saved = self.outcome.bytes_before - self.outcome.bytes_after
+                self.work.changed = self.outcome.recompressed
+                self.work.saved = self.outcome.saved
                 if not more:
                     return self.outcome
                 pause()
+        self.outcome.cancelled = self.work.cancelled
         return self.outcome
 
     def _scan(self, buckets: list["array[int]"]) -> Iterator[None]:

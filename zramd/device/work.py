@@ -41,6 +41,7 @@ class Work:
 
     Attributes:
         done: how many of `total` pages (or parts, as the kind has them) are done; a total of 0 is not known yet.
+        changed: pages that are what the work makes of them: idle, smaller, written back.
         saved: bytes that are no longer used in memory.
         started: in seconds of CLOCK_MONOTONIC.
         cancelled: whether it is to stop soon, with everything whole; set by any thread.
@@ -49,6 +50,7 @@ class Work:
     kind: WorkKind
     done: int = 0
     total: int = 0
+    changed: int = 0
     saved: int = 0
     started: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -4,13 +4,15 @@ Formats: drivers/block/zram/zram_drv.c and block/genhd.c of Linux 6.18.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from zramd import __version__
 from zramd.device import codecs
+from zramd.device.block_state import block_state
 from zramd.device.disk import Disk, UninitialisedError
+from zramd.device.zram import Device
 from zramd.layout import PRIORITIES
 from zramd.native import choose
 from zramd.reclaim import Measure
@@ -87,6 +89,8 @@ _TEXTS: dict[str, Callable[[Disk], str]] = {
 }
 
 NAMES = (*_TEXTS, "json")
+STREAMED: dict[str, Callable[[Device], Iterator[str]]] = {"block_state": block_state}
+"""What is too much for one text. It tells what pages are, and so is for the owner only."""
 
 
 def read(served: Served, name: str) -> str:
@@ -97,10 +101,24 @@ def read(served: Served, name: str) -> str:
     """
     if name == "json":
         return json.dumps(everything(served)) + "\n"
+    if name in STREAMED:
+        raise AttributeRefusedError(f"EACCES {name} is for the owner of the server, at {served.admin}")
     if name not in _TEXTS:
         raise AttributeRefusedError(f"EINVAL no attribute {name!r}; there are: {' '.join(NAMES)}")
     try:
         return _TEXTS[name](served.disk)
+    except UninitialisedError as error:
+        raise AttributeRefusedError(f"EINVAL {error}") from error
+
+
+def stream(served: Served, name: str) -> Iterator[str]:
+    """Return the parts of the text of an attribute that is streamed.
+
+    Raises:
+        AttributeRefusedError: there is none.
+    """
+    try:
+        return STREAMED[name](served.disk.require_opened().device)
     except UninitialisedError as error:
         raise AttributeRefusedError(f"EINVAL {error}") from error
 

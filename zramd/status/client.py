@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from zramd.paths import STATUS_SUFFIX, server_sockets
@@ -60,6 +61,28 @@ def _connect(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterator[bytes]:
+    """Send one request and yield the answer as it comes, without the blank line that ends it.
+
+    Raises:
+        StatusError: the server cannot be reached, or it refused, or it ended in the middle.
+    """
+    try:
+        with _connect(path) as sock, sock.makefile("rb") as answer:
+            sock.settimeout(seconds)
+            sock.sendall(os.fsencode(request) + b"\n")
+            sock.shutdown(socket.SHUT_WR)
+            for line in answer:
+                if line.startswith(b"error: "):
+                    raise StatusError(line.decode(errors="replace").removeprefix("error: ").rstrip("\n"))
+                if line == b"\n":
+                    return
+                yield line
+    except OSError as error:
+        raise StatusError(f"no server answers at {path}: {error.strerror or error}") from error
+    raise StatusError(f"the server at {path} ended in the middle of its answer")
 
 
 def ask(path: Path, request: str, seconds: float | None = SECONDS) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import BusyError, Disk, UninitialisedError
-from zramd.device.recompression import Recompression
+from zramd.device.recompression import PAGE_TYPES, Recompression
 from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
 from zramd.device.zram import PageError
@@ -91,18 +91,12 @@ def _number(words: dict[str, str], key: str) -> int | None:
         raise ValueError(f"{key}={words[key]} is not a number") from None
 
 
-def _mark_idle(disk: Disk, value: str) -> None:
+def _mark_idle(disk: Disk, value: str) -> str:
     text = value.strip()
-    if text == "all":
-        disk.mark_idle(None)
-    elif re.fullmatch(r"[0-9]\w*", text):
-        disk.mark_idle(_number({"idle": text}, "idle"))
-    else:
+    if text != "all" and not re.fullmatch(r"[0-9]\w*", text):
         raise ValueError("idle takes `all`, or the seconds for which a page was not touched")
-
-
-_TYPES = {"idle": (True, False), "huge": (False, True), "huge_idle": (True, True)}
-"""(idle, huge) for each type of page."""
+    pages = disk.mark_idle(None if text == "all" else _number({"idle": text}, "idle"))
+    return f"{pages} pages are idle\n"
 
 
 def parse_recompression(disk: Disk, value: str) -> Recompression:
@@ -113,9 +107,9 @@ def parse_recompression(disk: Disk, value: str) -> Recompression:
     """
     words = split_words(value)
     kind = words.get("type")
-    if kind is not None and kind not in _TYPES:
+    if kind is not None and kind not in PAGE_TYPES:
         raise ValueError(f"type={kind} is not idle, huge or huge_idle")
-    idle, huge = _TYPES[kind] if kind else (False, False)
+    idle, huge = PAGE_TYPES[kind] if kind else (False, False)
     priority = _number(words, "priority")
     if "algo" in words:
         named = [number for number in range(1, PRIORITIES) if disk.algorithm(number) == words["algo"]]
@@ -125,6 +119,14 @@ def parse_recompression(disk: Disk, value: str) -> Recompression:
     elif priority == 0:
         priority = 1  # as the kernel corrects it
     return Recompression(idle, huge, _number(words, "threshold") or 0, _number(words, "max_pages"), priority)
+
+
+def _recompress(disk: Disk, value: str) -> str:
+    outcome = disk.recompress(parse_recompression(disk, value))
+    return (
+        f"{'cancelled: ' * outcome.cancelled}{outcome.recompressed} of {outcome.tried} pages recompressed, "
+        f"{outcome.saved} bytes saved\n"
+    )
 
 
 def _cancel(disk: Disk, value: str) -> None:
@@ -155,7 +157,7 @@ def _stop(served: Served, value: str) -> None:
     served.stop()
 
 
-_WORDS: dict[str, Callable[[Disk, str], object]] = {
+_WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "disksize": lambda disk, value: disk.initialise(memparse(value)),
     "comp_algorithm": _set_algorithm,
     "algorithm_params": _set_parameters,
@@ -164,7 +166,7 @@ _WORDS: dict[str, Callable[[Disk, str], object]] = {
     "compact": lambda disk, _: disk.compact(),
     "recomp_algorithm": _set_secondary,
     "idle": _mark_idle,
-    "recompress": lambda disk, value: disk.recompress(parse_recompression(disk, value)),
+    "recompress": _recompress,
     "grow": lambda disk, value: disk.grow(memparse(value)),
     "cancel": _cancel,
     "reset": _reset,
@@ -173,8 +175,8 @@ _WORDS: dict[str, Callable[[Disk, str], object]] = {
 WORDS = (*_WORDS, "stop")
 
 
-def write(served: Served, name: str, value: str) -> None:
-    """Carry out a control word.
+def write(served: Served, name: str, value: str) -> str:
+    """Carry out a control word. Return what there is to say of it: nothing, or a line on what long work has done.
 
     Raises:
         AttributeRefusedError: there is no such word, or not with this value or in this state.
@@ -187,7 +189,7 @@ def write(served: Served, name: str, value: str) -> None:
         if name == "stop":
             _stop(served, value)
         else:
-            _WORDS[name](served.disk, value)
+            return _WORDS[name](served.disk, value) or ""
     except BusyError as error:
         raise AttributeRefusedError(f"EBUSY {error}") from error
     except (ValueError, UninitialisedError, StateError) as error:
@@ -200,3 +202,4 @@ def write(served: Served, name: str, value: str) -> None:
         name = errno.errorcode.get(error.errno or 0, "EIO")
         where = f"{error.filename}: " if error.filename else ""
         raise AttributeRefusedError(f"{name} {where}{error.strerror or error}") from error
+    return ""

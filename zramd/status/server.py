@@ -2,6 +2,7 @@
 
     mm_stat              the text of the attribute, exactly as sysfs would print it, and a blank line
     mem_limit 512M       changes it; the answer is only the blank line
+    recompress type=idle long work; the answer is a line on what was done, and the blank line
     anything refused     error: ERRNO what was wrong
 
 A connection may ask any number of times.
@@ -14,7 +15,7 @@ import threading
 import time
 
 from zramd.listeners import Connections, peer_ids
-from zramd.status.attributes import AttributeRefusedError, Served, read
+from zramd.status.attributes import STREAMED, AttributeRefusedError, Served, read, stream
 from zramd.status.control import write
 
 MAX_LINE = 4096
@@ -54,12 +55,15 @@ class StatusServer(Connections):
                     pending = line
                     break
                 if line.strip():
-                    sock.sendall(self._answer(line).encode() + b"\n")
+                    self._reply(sock, line)
             if len(pending) > MAX_LINE:
                 sock.sendall(f"error: E2BIG a request has at most {MAX_LINE} bytes\n\n".encode())
                 return
             if not received:
                 return
+
+    def _reply(self, sock: socket.socket, line: bytes) -> None:
+        sock.sendall(self._answer(line).encode() + b"\n")
 
     def _answer(self, line: bytes) -> str:
         name, _, value = line.decode(errors="replace").lstrip().partition(" ")
@@ -96,5 +100,19 @@ class AdminServer(StatusServer):
     def _carry_out(self, name: str, value: str) -> str:
         if not value:
             return read(self._served, name)
-        write(self._served, name, value)
-        return ""
+        return write(self._served, name, value)
+
+    def _reply(self, sock: socket.socket, line: bytes) -> None:
+        name = line.decode(errors="replace").strip()
+        if name not in STREAMED:
+            super()._reply(sock, line)
+            return
+        # Who looks at a page of it in a pager takes no more for a while.
+        sock.settimeout(IDLE_SECONDS)
+        try:
+            for part in stream(self._served, name):
+                sock.sendall(part.encode())
+            sock.sendall(b"\n")
+        except AttributeRefusedError as error:
+            sock.sendall(f"error: {error}\n\n".encode())
+        sock.settimeout(SEND_SECONDS)
