@@ -206,11 +206,13 @@ def _disk(table: Table) -> DiskSettings:
         wanted=Wanted(
             disksize=table.take("size", _size(0), None),
             codec=choice.primary if choice else None,
+            backing=table.take("writeback-device", _path, None),
             chain_size=table.take("chain-size", _number(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE), None),
             secondary=choice.secondary if choice else {},
             integrity=table.take("integrity", _boolean, False),
         ),
         mem_limit=table.take("resident-limit", _size(0), None),
+        writeback_limit=table.take("writeback-limit", _size(0), None),
         state=state,
         status=status,
         admin=table.take("admin", _path, None) or status.with_suffix(ADMIN_SUFFIX),

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from urllib.parse import quote
@@ -27,6 +28,7 @@ from zramd.device.disk import Disk
 from zramd.device.opening import DEFAULT_ALGORITHM
 from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
+from zramd.layout import PAGE_SHIFT
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
 from zramd.log import logging_aside
 from zramd.memory import NoMemoryError, RegionError, is_memory_backed
@@ -329,8 +331,13 @@ def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
         for priority, chosen in ({PRIMARY: wanted.codec} | wanted.secondary).items():
             disk.set_algorithm(chosen.name, priority)
             disk.set_parameters(Parameters(chosen.level, chosen.dictionary), priority)
+    if wanted.disksize == 0 and wanted.backing:
+        disk.set_backing(wanted.backing)
     if settings.mem_limit is not None:
         disk.set_mem_limit(settings.mem_limit)
+    limit = settings.writeback_limit
+    if limit is not None and not disk.writeback.limited:
+        disk.set_writeback(lambda before: replace(before, limit=limit >> PAGE_SHIFT, limited=True))
     return disk
 
 

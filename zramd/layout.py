@@ -15,11 +15,14 @@ is private memory of the process and is rebuilt at start.
 
 Page-table entry. 0 is an empty page, so that a hole in the file is an empty part of the device.
 
-     63      61 60  59  58  57 56  55   53 52         40 39                              0
-    +----------+---+---+---+------+-------+-------------+--------------------------------+
-    | reserved | A | N | I | prio | state | stored size |   handle, or 1 = has element   |
-    +----------+---+---+---+------+-------+-------------+--------------------------------+
+     63    62 61  60  59  58  57 56  55   53 52         40 39                              0
+    +--------+---+---+---+---+------+-------+-------------+--------------------------------+
+    | unused | T | A | N | I | prio | state | stored size | handle, place, 1 = has element |
+    +--------+---+---+---+---+------+-------+-------------+--------------------------------+
+      T: taken by work that will replace the entry, unless somebody touches the page (the kernel's PP_SLOT)
       N: incompressible   I: idle   size: 0..4096
+      place: of a page that is written back, where its object starts in the backing store, in units of 16 bytes. It is
+      as it was in memory, compressed; a page that was huge has a size of 4096.
       prio, A: which of the device's codecs. Each of the four priorities has had up to two; a page keeps the one that it
       was stored with. The number of a codec is prio + 4 * A.
 
@@ -54,6 +57,15 @@ Private memory, which both engines work on, is zeroed at start and rebuilt from 
     +------+------+-------+------------+--------+-----------+-----------+
       used: objects in use   free: head of the zspage's free list, index + 1   fresh: objects ever allocated, the rest
       being free in ascending order   size class: index + 1, 0 for a zspage that is not in use
+
+    segment record, 16 bytes, one for each segment of a backing store (see zramd/backing/store.py):
+
+     0                       8
+    +-----------------------+----------------------+
+    | units of live objects | next emptied segment |
+    +-----------------------+----------------------+
+      next: a segment without live objects is on a list, which ends with `NOBODY`; 0: it is not on it. Segment 0 has no
+      objects: its record has the sum of all, and the head of the list.
 
     records of words:  `ArenaRecord`, `ClassRecord`, `PoolRecord` and `DeviceRecord`
 """
@@ -95,7 +107,8 @@ ENTRY_PRIORITY_MASK = 0x3
 ENTRY_IDLE = 1 << 58
 ENTRY_INCOMPRESSIBLE = 1 << 59
 ENTRY_ALTERNATE = 1 << 60
-ENTRY_RESERVED_MASK = 0x7 << 61
+ENTRY_TAKEN = 1 << 61
+ENTRY_RESERVED_MASK = 0x3 << 62
 ENTRY_HAS_ELEMENT = 1
 
 HANDLE_IN_USE = 1
@@ -139,6 +152,19 @@ class Superblock(IntEnum):
     READ_SECTORS = 71  # of 512 bytes
     WRITES = 72
     WRITE_SECTORS = 73
+    # The backing store; meaningless without BACKED.
+    BACKING_UUID = 128  # two words
+    BACKING_KEY = 130  # four words
+    BACKING_SEGMENTS = 134  # how many it has
+    BACKING_NONCES = 135  # so many may have been used
+    BACKING_READS = 136  # blocks
+    BACKING_WRITES = 137
+    FAILED_BACKING_READS = 138  # pages
+    # Settings of writeback, which stay what they are when the store is changed.
+    WRITEBACK_LIMIT = 140  # pages
+    WRITEBACK_LIMIT_ENABLE = 141
+    WRITEBACK_BATCH_SIZE = 142  # pages, 0: the default
+    BACKING_PATH = 256  # to the end of the page, filled up with zeros
 
 
 ZSPAGE_BYTES = 16
@@ -198,12 +224,22 @@ class DeviceRecord(IntEnum):
     HUGE_PAGES = 3
     NOTED_PAGES = 4  # up to so many in the pool nothing is to be noted: the mark is as high, the limit is no lower
     GENERATION = 5  # how often a codec was changed: what was compressed before must be so anew
-    CODEC_PAGES = 6  # a word for each codec: the compressed pages that it has
+    BACKED_PAGES = 6  # pages that are written back
+    CODEC_PAGES = 7  # a word for each codec: the compressed pages that it has, in memory or written back
     END = CODEC_PAGES + CODECS
 
 
 INTEGRITY = 1
 """In FEATURES: each object has a checksum."""
+BACKED = 2
+"""In FEATURES: the device has a backing store."""
+
+BACKING_UNIT_SHIFT = 4
+SEGMENT_SHIFT = 18
+SEGMENT_UNITS_SHIFT = SEGMENT_SHIFT - BACKING_UNIT_SHIFT
+"""From a place to its segment."""
+OBJECT_OVERHEAD = 40
+"""Bytes of an object in a backing store beside its data."""
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")
 VERSION = 1
 CODEC_WORDS = 6

@@ -17,7 +17,8 @@ DESCRIPTION = "zramd compressed memory"
 class DiskSettings:
     """A disk, which is an export of the same name.
 
-    A disksize of 0 leaves it uninitialised. `mem_limit` None is as the kept state says. `state` None keeps nothing.
+    A disksize of 0 leaves it uninitialised. `mem_limit` None is as the kept state says. `writeback_limit` is in bytes,
+    and is for a disk that has none; of one that is kept, what is left stays. `state` None keeps nothing.
     `status` and `admin` are its two sockets, None for none; `group` is the gid that may read the first.
     `recompression` is which pages the policy recompresses, None for those that are idle or huge.
     """
@@ -32,6 +33,7 @@ class DiskSettings:
     description: str = DESCRIPTION
     read_only: bool = False
     recompression: Recompression | None = None
+    writeback_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

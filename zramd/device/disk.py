@@ -3,21 +3,25 @@
 A disk without a device is uninitialised: it has a name and settings, but no size, and nobody can connect to it.
 """
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from zramd.backing import FullError
 from zramd.device.algorithms import PRIMARY
+from zramd.device.backing_dev import check_medium
 from zramd.device.codecs import NAMES, Codec, Parameters, codec
-from zramd.device.counters import IoStat, MmStat, RequestStat
+from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, WritebackSettings
 from zramd.device.idle import mark_idle
 from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
 from zramd.device.recompression import Outcome, Recompression, Recompressor
 from zramd.device.slices import in_slices
 from zramd.device.work import Work, WorkKind, Works, WorkUnderWayError
+from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome
 from zramd.device.zram import uptime
-from zramd.layout import PAGE_SIZE
+from zramd.layout import PAGE_SHIFT, PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.zsmalloc.stats import ClassStat
 
@@ -65,12 +69,14 @@ class Disk:
         self._changed = threading.Condition()
         self._clients: list[HangUp] = []
         self._resetting = False
+        self._writeback = WritebackSettings()
         self._forget_settings()
 
     def _forget_settings(self) -> None:
         self._chosen = {PRIMARY: DEFAULT_ALGORITHM}
         self._parameters: dict[int, Parameters] = {}
         self._mem_limit = 0
+        self._backing: Path | None = None
 
     def open(self, wanted: Wanted) -> OpenDevice:
         """Find the disk in kept regions, or make it there.
@@ -224,9 +230,18 @@ class Disk:
             chosen = {priority: self._make(priority) for priority in self._chosen}
             primary = chosen.pop(PRIMARY)
             opened = self._open_device(
-                Wanted(disksize, primary, self._chain_size, secondary=chosen, integrity=self._integrity)
+                Wanted(
+                    disksize,
+                    primary,
+                    self._chain_size,
+                    secondary=chosen,
+                    integrity=self._integrity,
+                    backing=self._backing,
+                )
             )
             opened.device.set_mem_limit(self._mem_limit)
+            with opened.device:
+                opened.device.writeback = self._writeback
             self.opened = opened
 
     def _make(self, priority: int) -> Codec:
@@ -297,6 +312,74 @@ class Disk:
         with self._work(WorkKind.RECOMPRESS) as work:
             return Recompressor(device, order, work).run()
 
+    def bd_stat(self) -> BdStat:
+        """Return the counters of the backing store."""
+        opened = self.opened
+        return opened.device.bd_stat() if opened else BdStat()
+
+    @property
+    def backing_path(self) -> Path | None:
+        """Where pages are written back to, None if that is nowhere."""
+        opened = self.opened
+        return opened.backing_path if opened else self._backing
+
+    def set_backing(self, path: Path | None) -> None:
+        """Choose a file or block device to write pages back to, or (None) none.
+
+        The kernel wants that before disksize. Here it can be done, and done otherwise, while no page is written back.
+
+        Raises:
+            BusyError: pages are written back, or just being so.
+            OSError: the path cannot be one; NotBlockError: since it is neither.
+        """
+        with self._control, self._work(WorkKind.WRITEBACK):
+            if pages := self.bd_stat().pages:
+                raise BusyError(f"{pages} pages are written back to {self.backing_path}")
+            if path and path != self.backing_path:
+                check_medium(path)
+            if self.opened:
+                self.opened.set_backing(path)
+            else:
+                self._backing = path
+
+    @property
+    def writeback(self) -> WritebackSettings:
+        """What writeback may do."""
+        opened = self.opened
+        return opened.device.writeback if opened else self._writeback
+
+    def set_writeback(self, change: Callable[[WritebackSettings], WritebackSettings]) -> None:
+        """Change what writeback may do."""
+        with self._control:
+            if self.opened:
+                device = self.opened.device
+                with device:
+                    device.writeback = change(device.writeback)
+            else:
+                self._writeback = change(self._writeback)
+
+    def write_back(self, select: Callable[[int], list[Selection]]) -> WritebackOutcome:
+        """Write back the pages that `select` names, given how many pages there are.
+
+        Raises:
+            UninitialisedError: there are no pages.
+            BusyError: other work that changes pages is under way.
+            OSError: ENODEV, there is no backing store; ENOSPC, it is full; EIO, the limit is used up; or it failed.
+            ValueError, PageError: as `select`; a page is damaged.
+        """
+        device = self.require_opened().device
+        with self._work(WorkKind.WRITEBACK) as work:
+            if device.backing is None:
+                where = self.backing_path
+                reason = f"the backing store {where} is missing" if where else "set backing_dev first"
+                raise OSError(errno.ENODEV, reason)
+            try:
+                return Writeback(device, device.backing, select(device.disksize >> PAGE_SHIFT), work).run()
+            except FullError as error:
+                raise OSError(errno.ENOSPC, str(error)) from error
+            except LimitError as error:
+                raise OSError(errno.EIO, str(error)) from error
+
     def grow(self, disksize: int) -> None:
         """Make the disk larger: `disksize` bytes, rounded up to pages.
 
@@ -341,6 +424,8 @@ class Disk:
             self._disconnect(force)
             try:
                 opened, self.opened = self.opened, None
+                if opened:
+                    self._writeback = opened.device.writeback  # which outlives a reset (Linux 6.18)
                 self._forget_settings()
                 if opened:
                     opened.destroy()

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from zramd.backing import Store
 from zramd.device.codecs import Codec, CodecError
+from zramd.device.fetching import PageError
 from zramd.device.stream import Prepared, Stream
 from zramd.device.superblock import Identity
-from zramd.device.zram import ZERO_PAGE, Device, PageError, Tables
+from zramd.device.zram import ZERO_PAGE, Device, Tables
 from zramd.memory import Region
 from zramd.zsmalloc import Pool
 
@@ -34,10 +36,16 @@ class NativeDevice(Device):
         """Return a function that compresses what is in `page`, for one thread."""
         return partial(self.engine.Codec(chosen).compress_page, page)
 
-    def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
+    def attach(self, backing: Store | None) -> None:
+        """Have a backing store from now on. Takes the lock."""
+        super().attach(backing)
+        with self.lock:
+            self._native.attach(backing.records if backing else None)
+
+    def _load_pages(self, first: int, end: int, out: list[bytes | memoryview]) -> list[int]:
         before = len(out)
         try:
-            cast("engine.Stream", self._scratch).load_pages(first, end, out, ZERO_PAGE)
+            return cast("engine.Stream", self._scratch).load_pages(first, end, out, ZERO_PAGE)
         except CodecError as error:
             del out[before:]
             raise PageError(f"page {error} is damaged") from error

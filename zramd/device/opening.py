@@ -7,7 +7,9 @@ import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from zramd.backing import DamagedObjectError, Store
 from zramd.device.algorithms import PRIMARY, Algorithms, store_codec
+from zramd.device.backing_dev import find_store, forget_store, load_path, make_store
 from zramd.device.codecs import Codec, codec
 from zramd.device.native import NativeDevice
 from zramd.device.superblock import (
@@ -43,7 +45,8 @@ _NO_REGION = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 class Wanted:
     """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
 
-    `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made.
+    `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made. `backing` is
+    where pages are written back to, or where the store is now that the device has.
     """
 
     disksize: int | None = None
@@ -52,6 +55,7 @@ class Wanted:
     grow: bool = False
     secondary: dict[int, Codec] = field(default_factory=dict)
     integrity: bool = False
+    backing: Path | None = None
 
 
 class CodecInUseError(Exception):
@@ -82,6 +86,7 @@ class OpenDevice:
         self._grow = wanted.grow
         self.regions: list[Region] = []
         self._ahead: Ahead | None = None
+        self._backing: Store | None = None
         self.on_disk = store.on_disk()
         self.flush = self._flush if self.on_disk else None
         try:
@@ -94,6 +99,7 @@ class OpenDevice:
             except StateError as error:
                 raise self._refusal(error) from error
             self._apply(wanted)
+            self._find_backing(wanted.backing)
             self._ahead = self._populate_ahead() if swap else None
         except BaseException:
             self.close()
@@ -288,7 +294,58 @@ class OpenDevice:
             except CodecInUseError as error:
                 log.warning("%s is not used: %s", chosen.name, error)
 
+    def _find_backing(self, wanted: Path | None) -> None:
+        words, kept = self._superblock.words, load_path(self._superblock.words)
+        path, pages = wanted or kept, self.device.bd_stat().pages
+        if path is None:
+            return
+        if kept:
+            try:
+                self._attach(find_store(words, path))
+                return
+            except (OSError, DamagedObjectError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                log.warning("the backing store %s cannot be used: %s", path, reason)
+                if pages:
+                    log.warning("reads of %d pages that are written back fail until a start that finds it", pages)
+                    return
+            forget_store(words)
+        if wanted:
+            try:
+                self._attach(make_store(words, wanted))
+            except OSError as error:
+                raise StateError(f"{wanted} cannot be the backing store: {error.strerror}") from error
+
+    def _attach(self, backing: Store) -> None:
+        try:
+            self.device.attach(backing)
+        except DamagedObjectError:
+            backing.close()
+            raise
+        self._backing = backing
+
+    @property
+    def backing_path(self) -> Path | None:
+        """Where pages are written back to, None if that is nowhere; the store may be missing."""
+        return load_path(self._superblock.words)
+
+    def set_backing(self, path: Path | None) -> None:
+        """Have another backing store, or none. No page is written back, and nobody is just doing that.
+
+        Raises:
+            OSError: the path cannot be one.
+        """
+        if self._backing:
+            self.device.attach(None)
+            self._backing.close()
+            self._backing = None
+        forget_store(self._superblock.words)
+        if path:
+            self._attach(make_store(self._superblock.words, path))
+
     def _flush(self) -> None:
+        if self._backing:
+            self._backing.medium.sync()
         for region in self.regions:
             region.sync()
 
@@ -309,6 +366,9 @@ class OpenDevice:
     def close(self) -> None:
         """Unmap the regions. Nobody may use the device any more."""
         self._stop_ahead()
+        if self._backing:
+            self._backing.close()
+            self._backing = None
         for region in self.regions:
             region.close()
         self.regions.clear()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from zramd.device.algorithms import Decompressors, codec_number, entry_bits
 from zramd.device.codecs import CodecError
+from zramd.device.fetching import PageError
 from zramd.device.slices import in_slices, pause
 from zramd.device.work import Work, WorkKind
-from zramd.device.zram import Device, PageError
+from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
@@ -20,6 +21,7 @@ from zramd.layout import (
     ENTRY_SIZE_SHIFT,
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
+    ENTRY_TAKEN,
     PAGE_SIZE,
     PRIORITIES,
     PageState,
@@ -181,7 +183,7 @@ class Recompressor:
                 if order.max_pages is not None and self.outcome.tried >= order.max_pages:
                     break
                 self.outcome.tried += 1
-                entry &= ~ENTRY_IDLE
+                entry = entry & ~ENTRY_IDLE | ENTRY_TAKEN
                 device.replace_entry(index, entry)
                 taken.append((index, entry, device.stored(entry).tobytes()))
         return taken
@@ -205,8 +207,8 @@ class Recompressor:
     def _store(self, index: int, entry: int, stored: bytes | None, priority: int) -> None:
         """Publish what was compressed anew, or that nothing came of it. The caller holds the lock."""
         if stored is None:
-            if priority == self._highest:
-                self._device.replace_entry(index, entry | ENTRY_INCOMPRESSIBLE)
+            spent = ENTRY_INCOMPRESSIBLE if priority == self._highest else 0
+            self._device.replace_entry(index, entry & ~ENTRY_TAKEN | spent)
             return
         self._device.restore(index, stored, entry_bits(self._numbers[priority]))
         self.outcome.recompressed += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zramd.device.algorithms import Algorithms, DamagedCodecError, ReadDictionary, load_algorithms, store_codec
 from zramd.device.codecs import Codec
-from zramd.layout import INTEGRITY, MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
+from zramd.layout import BACKED, INTEGRITY, MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
 from zramd.zsmalloc import FitRule, geometry
 
 UUID_WORDS = 2
@@ -67,10 +67,10 @@ def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identit
         raise StateError("the superblock is not zramd's, or damaged")
     if words[Superblock.VERSION] != VERSION:
         raise StateError(f"the layout has version {words[Superblock.VERSION]}; this zramd knows {VERSION}")
-    if words[Superblock.FEATURES] & ~INTEGRITY:
+    if words[Superblock.FEATURES] & ~(INTEGRITY | BACKED):
         raise StateError(f"the device has features ({words[Superblock.FEATURES]:#x}) that this zramd does not know")
     disksize = words[Superblock.DISKSIZE]
-    numbers = [words[Superblock.MEM_LIMIT], *words[Superblock.MEM_USED_MAX : max(Superblock) + 1]]
+    numbers = [words[Superblock.MEM_LIMIT], *words[Superblock.MEM_USED_MAX : Superblock.WRITE_SECTORS + 1]]
     if words[Superblock.PAGE_SIZE] != PAGE_SIZE or not disksize or disksize % PAGE_SIZE or max(numbers) > MOST:
         raise StateError("the superblock is damaged")
     try:

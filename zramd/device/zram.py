@@ -13,9 +13,18 @@ from functools import cached_property
 
 from xxhash import xxh3_64_intdigest
 
+from zramd.backing import Store
 from zramd.device.algorithms import codec_number
 from zramd.device.codecs import Codec, CodecError, Decompress
-from zramd.device.counters import IoStat, MmStat, RequestStat
+from zramd.device.counters import (
+    DEFAULT_BATCH_SIZE,
+    BdStat,
+    IoStat,
+    MmStat,
+    RequestStat,
+    WritebackSettings,
+)
+from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError, fetch, fetch_page
 from zramd.device.slices import in_slices
 from zramd.device.states import Run, state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
@@ -31,6 +40,7 @@ from zramd.layout import (
     ENTRY_SIZE_SHIFT,
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
+    ENTRY_TAKEN,
     PAGE_SHIFT,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
@@ -54,10 +64,13 @@ _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
 _COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
 _HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
+_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
+_UNTOUCHED = ENTRY_IDLE | ENTRY_TAKEN
 _HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _POOL_PAGES = int(PoolRecord.PAGES)
 _PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, *_ = map(int, DeviceRecord)
 _GENERATION, _CODEC_PAGES = int(DeviceRecord.GENERATION), int(DeviceRecord.CODEC_PAGES)
+_BACKED_PAGES = int(DeviceRecord.BACKED_PAGES)
 _READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
 _WRITES, _WRITE_SECTORS = int(Superblock.WRITES), int(Superblock.WRITE_SECTORS)
 _NEVER_SET = ENTRY_RESERVED_MASK
@@ -70,10 +83,6 @@ def uptime() -> int:
 
 class NoSpaceError(Exception):
     """A page cannot be stored: the memory limit is reached or the machine has no memory left."""
-
-
-class PageError(Exception):
-    """A stored page cannot be read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,8 @@ class Device:
     """One zram device on its regions.
 
     `identity` says what it is. `lock` guards what says "the caller holds the lock"; `with device:` holds it for a
-    batch. Lifetime counters stand in the superblock, the others in `record` (see zramd/layout.py).
+    batch. Lifetime counters stand in the superblock, the others in `record` (see zramd/layout.py). `backing` is where
+    pages are written back to; without it, those that are cannot be read.
     """
 
     def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
@@ -98,6 +108,7 @@ class Device:
         self.lock = threading.Lock()
         self.retired = False  # the regions are gone
         self.pool = pool
+        self.backing: Store | None = None
         self.record = record(DeviceRecord.END)
         self._words = superblock.words
         self._table = tables.entries
@@ -138,11 +149,54 @@ class Device:
         """Return how many compressed pages have the codec of a number."""
         return self.record[DeviceRecord.CODEC_PAGES + number]
 
-    def read(self, offset: int, length: int, out: list[bytes | memoryview]) -> None:
+    def attach(self, backing: Store | None) -> None:
+        """Have a backing store from now on. Takes the lock.
+
+        Raises:
+            DamagedObjectError: pages that are written back cannot be there.
+        """
+        if backing and self.record[_BACKED_PAGES]:
+            for _, entry in self.entries():
+                if entry & _STATE_MASK == _WRITTEN_BACK:
+                    backing.adopt(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
+        with self.lock:
+            self.backing = backing
+
+    def fetch(self, pages: list[int]) -> dict[int, Fetched]:
+        """Read pages from wherever they are. The caller does not hold the lock."""
+        return fetch(self, pages)
+
+    def fetch_pages(self, first: int, count: int) -> list[bytes | None]:
+        """Read `count` pages from wherever they are, None for one that cannot be. The caller does not hold the lock."""
+        return [fetch_page(self, index).page for index in range(first, first + count)]
+
+    def load_page(self, index: int) -> bytes:
+        """Return a page that is in memory. The caller holds the lock.
+
+        Raises:
+            PageError: it is damaged.
+        """
+        out: list[bytes | memoryview] = []
+        self._load(index, index + 1, out, NOTHING_FETCHED)
+        return bytes(out[0])
+
+    def note_access(self, index: int) -> None:
+        """Note that a page is read now. The caller holds the lock."""
+        if self._accessed.ready[index >> ACCESSED_CHUNK_SHIFT]:
+            self._times[index] = uptime()
+
+    def note_failed_fetch(self) -> None:
+        """Count a page that the backing store did not return. The caller holds the lock."""
+        self._words[Superblock.FAILED_BACKING_READS] += 1
+
+    def read(
+        self, offset: int, length: int, out: list[bytes | memoryview], fetched: dict[int, Fetched] = NOTHING_FETCHED
+    ) -> None:
         """Append `length` bytes from `offset` to `out`, as buffers that stay valid. The caller holds the lock.
 
         Raises:
             PageError: a page is damaged; `out` is as it was.
+            NotInMemoryError: pages have to be fetched first, as if nothing had been asked.
         """
         self._words[_READS] += 1
         self._words[_READ_SECTORS] += length >> 9
@@ -150,12 +204,16 @@ class Device:
         end = offset + length
         try:
             if not (offset | length) & _PAGE_MASK:
-                self._load(first, end >> PAGE_SHIFT, out)
+                self._load(first, end >> PAGE_SHIFT, out, fetched)
                 return
             pages: list[bytes | memoryview] = []
-            self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages)
+            self._load(first, (end + _PAGE_MASK) >> PAGE_SHIFT, pages, fetched)
         except PageError:
             self._words[Superblock.FAILED_READS] += 1
+            raise
+        except NotInMemoryError:
+            self._words[_READS] -= 1
+            self._words[_READ_SECTORS] -= length >> 9
             raise
         if end & _PAGE_MASK:
             pages[-1] = memoryview(pages[-1])[: end & _PAGE_MASK]
@@ -163,8 +221,27 @@ class Device:
             pages[0] = memoryview(pages[0])[offset & _PAGE_MASK :]
         out += pages
 
-    def _load(self, first: int, end: int, out: list[bytes | memoryview]) -> None:
+    def _load(self, first: int, end: int, out: list[bytes | memoryview], fetched: dict[int, Fetched]) -> None:
         """Append the pages `first` to `end` - 1 to `out`."""
+        before = len(out)
+        backed = self._load_pages(first, end, out)
+        missing = []
+        for index in backed:
+            known = fetched.get(index)
+            if known is None or not known.is_still(self, index):
+                missing.append(index)
+            elif known.page is None:
+                del out[before:]
+                raise PageError(f"page {index} {known.failure}")
+            else:
+                out[before + index - first] = known.page
+        if missing:
+            del out[before:]
+            raise NotInMemoryError(missing)
+
+    def _load_pages(self, first: int, end: int, out: list[bytes | memoryview]) -> list[int]:
+        """Append pages to `out`; return which of them are only in the backing store."""
+        backed: list[int] = []
         ready, table = self._table.ready, self._table.words
         timed, times, now = self._accessed.ready, self._times, uptime()
         before = len(out)
@@ -173,8 +250,8 @@ class Device:
             state = entry & _STATE_MASK
             if entry and timed[index >> ACCESSED_CHUNK_SHIFT]:
                 times[index] = now
-            if entry & ENTRY_IDLE:
-                table[index] = entry & ~ENTRY_IDLE
+            if entry & _UNTOUCHED:
+                table[index] = entry & ~_UNTOUCHED
             if state in (_COMPRESSED, _HUGE_STATE):
                 try:
                     data = self.stored(entry)
@@ -185,7 +262,10 @@ class Device:
             elif state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
                 out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
             else:
+                if state == _WRITTEN_BACK:
+                    backed.append(index)
                 out.append(ZERO_PAGE)
+        return backed
 
     def stored(self, entry: int) -> memoryview:
         """Return a view of the object of an entry. The caller holds the lock.
@@ -210,7 +290,15 @@ class Device:
             raise CodecError("there is no such codec")
         return decompress(data)
 
-    def write(self, stream: Stream, start: int, length: int, offset: int, prepared: list[Prepared]) -> None:
+    def write(
+        self,
+        stream: Stream,
+        start: int,
+        length: int,
+        offset: int,
+        prepared: list[Prepared],
+        fetched: dict[int, Fetched] = NOTHING_FETCHED,
+    ) -> None:
         """Write `length` bytes, at `start` in the stream's buffer, to `offset`. The caller holds the lock.
 
         `prepared` is what the stream made of the whole pages in them; pages covered in part are read, modified and
@@ -219,7 +307,10 @@ class Device:
         Raises:
             NoSpaceError: no room for a page: it keeps its old contents, those before it are written, the rest is not.
             PageError: a page covered in part is damaged.
+            NotInMemoryError: pages covered in part have to be fetched first, as if nothing had been asked.
         """
+        if (offset | length) & _PAGE_MASK:
+            self._require_fetched(offset, length, fetched)
         self._words[_WRITES] += 1
         self._words[_WRITE_SECTORS] += length >> 9
         if stream.generation != self.record[_GENERATION]:
@@ -229,7 +320,7 @@ class Device:
             if not (offset | length) & _PAGE_MASK:
                 self._store(offset >> PAGE_SHIFT, prepared, stream.bits)
             else:
-                self._write_unaligned(offset, stream.view[start : start + length], prepared, stream.bits)
+                self._write_unaligned(offset, stream.view[start : start + length], prepared, stream.bits, fetched)
         except NoMemoryError as error:
             self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
@@ -237,19 +328,34 @@ class Device:
             self._words[Superblock.FAILED_WRITES] += 1
             raise
 
-    def _write_unaligned(self, offset: int, data: memoryview, prepared: list[Prepared], bits: int) -> None:
+    def _require_fetched(self, offset: int, length: int, fetched: dict[int, Fetched]) -> None:
+        """Raise NotInMemoryError if a request covers in part what is only in the backing store."""
+        head, whole_end = whole_pages(offset, length)
+        pages = [offset >> PAGE_SHIFT] * bool(head) + [offset + whole_end >> PAGE_SHIFT] * (whole_end < length)
+        missing = [
+            index
+            for index in pages
+            if self.entry(index) & _STATE_MASK == _WRITTEN_BACK
+            and not (index in fetched and fetched[index].is_still(self, index))
+        ]
+        if missing:
+            raise NotInMemoryError(missing)
+
+    def _write_unaligned(
+        self, offset: int, data: memoryview, prepared: list[Prepared], bits: int, fetched: dict[int, Fetched]
+    ) -> None:
         head, whole_end = whole_pages(offset, len(data))
         if head:
-            self._modify(offset, data[:head])
+            self._modify(offset, data[:head], fetched)
         self._store((offset + head) >> PAGE_SHIFT, prepared, bits)
         if whole_end < len(data):
-            self._modify(offset + whole_end, data[whole_end:])
+            self._modify(offset + whole_end, data[whole_end:], fetched)
 
-    def _modify(self, offset: int, data: memoryview) -> None:
+    def _modify(self, offset: int, data: memoryview, fetched: dict[int, Fetched]) -> None:
         """Write less than a page, inside one page."""
         index, start = divmod(offset, PAGE_SIZE)
         old: list[bytes | memoryview] = []
-        self._load(index, index + 1, old)
+        self._load(index, index + 1, old, fetched)
         scratch = self._scratch
         if scratch.generation != self.record[_GENERATION]:
             scratch.choose(self.identity.algorithms, self.record[_GENERATION])
@@ -326,8 +432,16 @@ class Device:
         if state == _SAME_FILLED:
             self.record[_SAME_PAGES] -= 1
             return
+        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        if state == _WRITTEN_BACK:
+            self.record[_BACKED_PAGES] -= 1
+            if length < PAGE_SIZE:
+                self.record[_CODEC_PAGES + codec_number(entry)] -= 1
+            if self.backing:
+                self.backing.free(entry & ENTRY_HANDLE_MASK, length)
+            return
         self.pool.free(entry & ENTRY_HANDLE_MASK)
-        self.record[_COMPR_DATA_SIZE] -= entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        self.record[_COMPR_DATA_SIZE] -= length
         if state == _HUGE_STATE:
             self.record[_HUGE_PAGES] -= 1
         else:
@@ -354,7 +468,9 @@ class Device:
                     self._release(entry)
                     self.record[_PAGES_STORED] -= 1
 
-    def write_zeroes(self, offset: int, length: int, *, keep: bool = False) -> None:
+    def write_zeroes(
+        self, offset: int, length: int, *, keep: bool = False, fetched: dict[int, Fetched] = NOTHING_FETCHED
+    ) -> None:
         """Make a range read as zeros: whole pages are freed, parts of pages are written. The caller holds the lock.
 
         `keep` leaves no page empty: whole pages become same-filled ones, as if zeros had been written to them.
@@ -362,15 +478,17 @@ class Device:
         Raises:
             NoSpaceError: no room to rewrite a page covered in part.
             PageError: such a page is damaged.
+            NotInMemoryError: such a page has to be fetched first, as if nothing had been asked.
         """
         head, whole_end = whole_pages(offset, length)
+        self._require_fetched(offset, length, fetched)
         try:
             if head:
-                self._modify(offset, memoryview(bytes(head)))
+                self._modify(offset, memoryview(bytes(head)), fetched)
             if keep and whole_end > head:
                 self._store(offset + head >> PAGE_SHIFT, [0] * (whole_end - head >> PAGE_SHIFT), 0)
             if whole_end < length:
-                self._modify(offset + whole_end, memoryview(bytes(length - whole_end)))
+                self._modify(offset + whole_end, memoryview(bytes(length - whole_end)), fetched)
         except NoMemoryError as error:
             self._words[Superblock.FAILED_WRITES] += 1
             raise NoSpaceError(str(error)) from error
@@ -380,13 +498,16 @@ class Device:
         if not keep:
             self.discard(offset, length)
 
-    def chunks(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield (first page, entries) of each chunk of the page table that is in use. The caller holds the lock."""
-        pages = self.disksize >> PAGE_SHIFT
-        chunk = -1
-        while (chunk := self._table.ready.find(1, chunk + 1)) >= 0:
-            low = chunk << TABLE_CHUNK_SHIFT
-            yield low, self._table.words[low : min(pages, low + (1 << TABLE_CHUNK_SHIFT))].tolist()
+    def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, list[int]]]:
+        """Yield (first page, entries) of each chunk of the page table that is in use, from page `first` to `end` - 1.
+
+        The caller holds the lock.
+        """
+        pages = self.disksize >> PAGE_SHIFT if end is None else end
+        chunk = (first >> TABLE_CHUNK_SHIFT) - 1
+        while (chunk := self._table.ready.find(1, chunk + 1)) >= 0 and chunk << TABLE_CHUNK_SHIFT < pages:
+            low = max(first, chunk << TABLE_CHUNK_SHIFT)
+            yield low, self._table.words[low : min(pages, chunk + 1 << TABLE_CHUNK_SHIFT)].tolist()
 
     def entry(self, index: int) -> int:
         """Return the entry of a page. The caller holds the lock."""
@@ -395,6 +516,31 @@ class Device:
     def replace_entry(self, index: int, entry: int) -> None:
         """Change flags in the entry of a page, which is not empty. The caller holds the lock."""
         self._table.words[index] = entry
+
+    def write_back(self, index: int, place: int) -> None:
+        """Let a page be only in the backing store, at a place where it was written. The caller holds the lock."""
+        entry = self._table.words[index]
+        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        lasting = entry & ~(_UNTOUCHED | _STATE_MASK | ENTRY_HANDLE_MASK)
+        self._require_backing().keep(place, length)
+        self._table.words[index] = lasting | _WRITTEN_BACK | place
+        self.record[_BACKED_PAGES] += 1
+        if length < PAGE_SIZE:
+            self.record[_CODEC_PAGES + codec_number(entry)] += 1
+        self._release(entry)
+
+    def move_backed(self, index: int, place: int) -> None:
+        """Note that what a written-back page is stored as lies elsewhere now too. The caller holds the lock."""
+        backing, entry = self._require_backing(), self._table.words[index]
+        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        backing.keep(place, length)
+        self._table.words[index] = entry & ~ENTRY_HANDLE_MASK | place
+        backing.free(entry & ENTRY_HANDLE_MASK, length)
+
+    def _require_backing(self) -> Store:
+        if self.backing is None:
+            raise LookupError("there is no backing store")
+        return self.backing
 
     def access_times(self, first: int, count: int) -> list[int]:
         """Return when pages of a chunk were last read or written, 0 if that is not known. The caller holds the lock."""
@@ -491,7 +637,41 @@ class Device:
         with self.lock:
             words = self._words
             failed = words[Superblock.FAILED_READS], words[Superblock.FAILED_WRITES]
-            return IoStat(*failed, notify_free=words[Superblock.NOTIFY_FREE])
+            return IoStat(
+                *failed,
+                notify_free=words[Superblock.NOTIFY_FREE],
+                failed_backing_reads=words[Superblock.FAILED_BACKING_READS],
+            )
+
+    def bd_stat(self) -> BdStat:
+        """Return the counters of the backing store. Takes the lock."""
+        with self.lock:
+            words = self._words
+            count = -(-self.backing.live_bytes // PAGE_SIZE) if self.backing else 0
+            done = words[Superblock.BACKING_READS], words[Superblock.BACKING_WRITES]
+            return BdStat(count, *done, self.record[_BACKED_PAGES])
+
+    @property
+    def writeback(self) -> WritebackSettings:
+        """What writeback may do."""
+        words = self._words
+        return WritebackSettings(
+            words[Superblock.WRITEBACK_LIMIT],
+            bool(words[Superblock.WRITEBACK_LIMIT_ENABLE]),
+            words[Superblock.WRITEBACK_BATCH_SIZE] or DEFAULT_BATCH_SIZE,
+        )
+
+    @writeback.setter
+    def writeback(self, settings: WritebackSettings) -> None:
+        """Change it. The caller holds the lock."""
+        self._words[Superblock.WRITEBACK_LIMIT] = settings.limit
+        self._words[Superblock.WRITEBACK_LIMIT_ENABLE] = settings.limited
+        self._words[Superblock.WRITEBACK_BATCH_SIZE] = settings.batch_size
+
+    def charge_writeback(self, pages: int) -> None:
+        """Take pages off the limit, or give them back. The caller holds the lock."""
+        if self._words[Superblock.WRITEBACK_LIMIT_ENABLE]:
+            self._words[Superblock.WRITEBACK_LIMIT] -= pages
 
     def request_stat(self) -> RequestStat:
         """Return the request counters. Takes the lock."""
@@ -525,22 +705,28 @@ class Device:
             length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
             if entry & _NEVER_SET:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
+            if entry & ENTRY_TAKEN:
+                self._table.words[index] = entry & ~ENTRY_TAKEN
             self.record[_PAGES_STORED] += 1
             if state == _SAME_FILLED:
                 if length or not self._has_pattern(index, entry & ENTRY_HANDLE_MASK):
                     raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
                 self.record[_SAME_PAGES] += 1
                 continue
-            if state == _HUGE_STATE and length == PAGE_SIZE:
-                self.record[_HUGE_PAGES] += 1
+            if state == _WRITTEN_BACK:
+                self.record[_BACKED_PAGES] += 1
+            if state in (_HUGE_STATE, _WRITTEN_BACK) and length == PAGE_SIZE:
+                self.record[_HUGE_PAGES] += state == _HUGE_STATE
             elif (
-                state != _COMPRESSED
+                state not in (_COMPRESSED, _WRITTEN_BACK)
                 or not 0 < length < self._huge_limit
                 or self.identity.algorithms.codecs[codec_number(entry)] is None
             ):
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
             else:
                 self.record[_CODEC_PAGES + codec_number(entry)] += 1
+            if state == _WRITTEN_BACK:
+                continue
             self.record[_COMPR_DATA_SIZE] += length
             yield entry & ENTRY_HANDLE_MASK, length
 

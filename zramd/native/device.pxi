@@ -1,7 +1,11 @@
 """Loading, storing and discarding pages: zramd/device/zram.py on the same table, records and counters."""
 
 cdef enum:
-    DAMAGED = 0xFFFFFFFF  # in place of a length
+    # In place of a length. The data of what is fetched are a whole page.
+    DAMAGED = 0xFFFFFFFF
+    BACKED = 0xFFFFFFFE
+    FETCHED = 0xFFFFFFFD
+    UNREADABLE = 0xFFFFFFFC
 
 cdef enum Table:
     ENTRIES, ELEMENTS, ACCESSED
@@ -33,6 +37,9 @@ cdef class Device:
     cdef uint32_t *accessed
     cdef uint8_t *accessed_ready
     cdef uint64_t *checksums  # NULL: there are none
+    cdef uint64_t *segments  # of the backing store; NULL: there is none
+    cdef object backing_records
+    cdef object owner
     cdef uint64_t *superblock
     cdef uint64_t *record
     cdef uint32_t huge_limit
@@ -41,6 +48,7 @@ cdef class Device:
         table, elements, accessed = tables.entries, tables.elements, tables.accessed
         self.page_table, self.elements_table, self.accessed_table = table, elements, accessed
         self.owners = device.record, superblock
+        self.owner = weakref.ref(device)
         self.lock = device.lock
         self.algorithms = device.identity.algorithms
         self.pool = Pool(device.pool)
@@ -55,6 +63,11 @@ cdef class Device:
         self.superblock = <uint64_t *>address(superblock.map)
         self.record = <uint64_t *>address(device.record)
         self.huge_limit = device.pool.geometry.huge_limit
+
+    def attach(self, records):
+        """Have a backing store with these records, or (None) none. The caller holds the lock."""
+        self.segments = NULL if records is None else <uint64_t *>address(records)
+        self.backing_records = records
 
     cdef bint _make_ready(self, Table which, uint64_t chunk, uint64_t last) noexcept with gil:
         try:
@@ -157,6 +170,9 @@ cdef class Device:
         if state == Z_PAGE_STATE_SAME_FILLED:
             self.record[Z_DEVICE_RECORD_SAME_PAGES] -= 1
             return
+        if state == Z_PAGE_STATE_WRITTEN_BACK:
+            self._release_backed(entry)
+            return
         self.pool.free(entry & Z_ENTRY_HANDLE_MASK)
         self.record[Z_DEVICE_RECORD_COMPR_DATA_SIZE] -= entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
         if state == Z_PAGE_STATE_HUGE:
@@ -164,8 +180,27 @@ cdef class Device:
         else:
             self.record[Z_DEVICE_RECORD_CODEC_PAGES + codec_number(entry)] -= 1
 
-    cdef void load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *position) noexcept nogil:
-        """Copy what `count` pages from `index` on are stored as to `position`. Decompressing them needs no lock."""
+    cdef void _release_backed(self, uint64_t entry) noexcept nogil:
+        cdef uint64_t length = entry >> Z_ENTRY_SIZE_SHIFT & Z_ENTRY_SIZE_MASK
+        cdef uint64_t units = (length + Z_OBJECT_OVERHEAD + (1 << Z_BACKING_UNIT_SHIFT) - 1) >> Z_BACKING_UNIT_SHIFT
+        cdef uint64_t segment = (entry & Z_ENTRY_HANDLE_MASK) >> Z_SEGMENT_UNITS_SHIFT
+        self.record[Z_DEVICE_RECORD_BACKED_PAGES] -= 1
+        if length < Z_PAGE_SIZE:
+            self.record[Z_DEVICE_RECORD_CODEC_PAGES + codec_number(entry)] -= 1
+        if self.segments == NULL:
+            return
+        self.segments[0] -= units
+        self.segments[2 * segment] -= units
+        if not self.segments[2 * segment] and not self.segments[2 * segment + 1]:
+            self.segments[2 * segment + 1] = self.segments[1]
+            self.segments[1] = segment
+
+    cdef uint64_t load(self, uint64_t index, Page *pages, uint64_t count, uint8_t *position) noexcept nogil:
+        """Copy what `count` pages from `index` on are stored as to `position`. Decompressing them needs no lock.
+
+        Return how many of them are only in the backing store.
+        """
+        cdef uint64_t backed = 0
         cdef Page *end = pages + count
         cdef const uint8_t *data
         cdef uint64_t entry, state
@@ -177,8 +212,8 @@ cdef class Device:
             pages.pattern = 0
             if entry and self.accessed_ready[index >> Z_ACCESSED_CHUNK_SHIFT]:
                 self.accessed[index] = now
-            if entry & Z_ENTRY_IDLE:
-                store_entry(&self.table[index], entry & ~Z_ENTRY_IDLE)
+            if entry & (Z_ENTRY_IDLE | Z_ENTRY_TAKEN):
+                store_entry(&self.table[index], entry & ~(Z_ENTRY_IDLE | Z_ENTRY_TAKEN))
             if state == Z_PAGE_STATE_COMPRESSED or state == Z_PAGE_STATE_HUGE:
                 data = self.pool.map(entry & Z_ENTRY_HANDLE_MASK)
                 if data == NULL:
@@ -191,10 +226,14 @@ cdef class Device:
                     pages.data = position
                     memcpy(position, data, pages.length)
                     position += pages.length
+            elif state == Z_PAGE_STATE_WRITTEN_BACK:
+                pages.length = BACKED
+                backed += 1
             elif entry & Z_ENTRY_HAS_ELEMENT:
                 pages.pattern = self.elements[index]
             pages += 1
             index += 1
+        return backed
 
     cdef void discard(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Free the whole pages in a range."""
@@ -354,8 +393,11 @@ cdef class Stream:
     cdef bint expand(self, const Page *page, uint8_t *target) noexcept nogil:
         """Make a whole page of one that was loaded; say whether it is not damaged."""
         cdef uint64_t number
-        if page.length == DAMAGED:
+        if page.length == DAMAGED or page.length == UNREADABLE or page.length == BACKED:
             return False
+        if page.length == FETCHED:
+            memcpy(target, page.data, Z_PAGE_SIZE)
+            return True
         if page.length and self.device.checksums != NULL and XXH3_64bits(page.data, page.length) != page.checksum:
             return False
         if page.length == Z_PAGE_SIZE:
@@ -375,6 +417,8 @@ cdef class Stream:
     def load_pages(self, uint64_t first, uint64_t end, list out, bytes zero_page):
         """Append the pages `first` to `end` - 1 to `out`. The caller holds the device's lock.
 
+        Return which of them are only in the backing store; in their place there are zeros.
+
         Raises:
             CodecError: a page is damaged: its argument is which; those before it are in `out`.
         """
@@ -383,8 +427,11 @@ cdef class Stream:
         cdef uint64_t index
         if self.generation != self.device.record[Z_DEVICE_RECORD_GENERATION]:
             self.choose(self.device.algorithms, self.device.record[Z_DEVICE_RECORD_GENERATION])
+        backed = []
         for index in range(first, end):
-            self.device.load(index, &page, 1, self.scratch)
+            if self.device.load(index, &page, 1, self.scratch):
+                backed.append(index)
+                page.length = 0
             if page.length == 0 and page.pattern == 0:
                 out.append(zero_page)
                 continue
@@ -392,3 +439,4 @@ cdef class Stream:
             if not self.expand(&page, <uint8_t *><char *>whole):
                 raise CodecError(index)
             out.append(whole)
+        return backed

@@ -16,6 +16,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp, memcpy, memmove, memset, strerror, strlen
 
+import weakref
+
 from zramd.device.algorithms import entry_bits
 from zramd.device.codecs import CodecError
 from zramd.memory import NoMemoryError

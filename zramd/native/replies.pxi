@@ -12,6 +12,7 @@ cdef struct Request:
     const uint8_t *payload  # of a write
     uint16_t command
     bint failed
+    bint fetched  # its pages were read, without the device's lock
 
 
 cdef class Replies:
@@ -116,12 +117,14 @@ cdef class Replies:
     cdef bint put_pages(self, const Request *request, uint64_t first, uint64_t end) noexcept nogil:
         """Add pages of a read, numbered from its offset on."""
         cdef uint64_t number
+        cdef bint unreadable
         for number in range(first, end):
             if not self.stream.expand(self.stream.pages + request.page + number, self.start + self.size):
+                unreadable = self.stream.pages[request.page + number].length == UNREADABLE
                 snprintf(
                     self.damage,
                     sizeof(self.damage),
-                    "page %llu is damaged",
+                    "page %llu cannot be read" if unreadable else "page %llu is damaged",
                     <unsigned long long>((request.offset >> Z_PAGE_SHIFT) + number),
                 )
                 return False

@@ -72,6 +72,8 @@ cdef class Loop:
     cdef Replies replies
     cdef Request *requests
     cdef uint64_t count
+    cdef Request *parsed
+    cdef list fetched
     cdef char no_space[256]
 
     def __cinit__(
@@ -152,6 +154,8 @@ cdef class Loop:
                 if outcome != MORE:
                     return outcome
                 step("applied")
+                if self.requests + self.count < self.parsed:
+                    found = MORE
                 self.answer()
             if self.replies.size:
                 outcome = self.send_replies()
@@ -198,7 +202,7 @@ cdef class Loop:
                 return MORE if self.count else UNCOMMON
             request = &self.requests[self.count]
             request.cookie, request.offset, request.length = get64(header + 8), offset, length
-            request.command, request.page, request.failed = command, pages, False
+            request.command, request.page, request.failed, request.fetched = command, pages, False, False
             request.payload = header + self.header
             if is_write:
                 self.prepare(request)
@@ -253,16 +257,9 @@ cdef class Loop:
             and length <= self.disksize - offset
         )
 
-    cdef Outcome apply(self) noexcept nogil:
-        """Apply a segment under the device's lock; if the client is gone, do nothing."""
-        cdef uint64_t *superblock = self.device.superblock
+    cdef Outcome enter(self) noexcept nogil:
+        """Take the device's lock, unless the client is gone."""
         cdef pthread_mutex_t *mutex = &self.device.lock.mutex
-        cdef Page *pages
-        cdef Request *request = self.requests
-        cdef Request *end = request + self.count
-        cdef uint8_t *scratch
-        cdef uint64_t count
-        cdef Outcome outcome = MORE
         pthread_mutex_lock(mutex)
         # The fence: see zramd/nbd/inbox.py.
         self.watch.revents = 0
@@ -273,14 +270,41 @@ cdef class Loop:
         if self.stream.generation != self.device.record[Z_DEVICE_RECORD_GENERATION] and not self.choose_codecs():
             pthread_mutex_unlock(mutex)
             return FAILED
+        return MORE
+
+    cdef Outcome apply(self) noexcept nogil:
+        """Apply a segment under the device's lock; if the client is gone, do nothing.
+
+        A read of what is in the backing store ends a segment, and goes on as the first of the next.
+        """
+        cdef uint64_t *superblock = self.device.superblock
+        cdef pthread_mutex_t *mutex = &self.device.lock.mutex
+        cdef Page *pages
+        cdef Request *request = self.requests
+        cdef Request *end = request + self.count
+        cdef uint8_t *scratch
+        cdef uint64_t count
+        cdef Outcome outcome = self.enter()
+        self.parsed = end
+        if outcome != MORE:
+            return outcome
         while request < end:
             count = request.length >> Z_PAGE_SHIFT
             pages = self.stream.pages + request.page
             if request.command == Z_COMMAND_READ:
+                scratch = self.stream.scratch + request.page * Z_PAGE_SIZE
+                if not request.fetched and self.device.load(request.offset >> Z_PAGE_SHIFT, pages, count, scratch):
+                    if request > self.requests:
+                        self.start = request.payload - self.header - self.stream.start
+                        self.count = request - self.requests
+                        break
+                    pthread_mutex_unlock(mutex)
+                    outcome = self.enter() if self.fetch(request) else FAILED
+                    if outcome != MORE:
+                        return outcome
+                    continue
                 superblock[Z_SUPERBLOCK_READS] += 1
                 superblock[Z_SUPERBLOCK_READ_SECTORS] += request.length >> 9
-                scratch = self.stream.scratch + request.page * Z_PAGE_SIZE
-                self.device.load(request.offset >> Z_PAGE_SHIFT, pages, count, scratch)
             elif request.command == Z_COMMAND_WRITE:
                 superblock[Z_SUPERBLOCK_WRITES] += 1
                 superblock[Z_SUPERBLOCK_WRITE_SECTORS] += request.length >> 9
@@ -296,6 +320,26 @@ cdef class Loop:
             outcome = FAILED
         pthread_mutex_unlock(mutex)
         return outcome
+
+    cdef bint fetch(self, Request *request) noexcept with gil:
+        """Read all pages of a request, in the backing store or not; the lock is not held."""
+        cdef Page *page = self.stream.pages + request.page
+        cdef bytes whole
+        try:
+            self.fetched = self.device.owner().fetch_pages(
+                request.offset >> Z_PAGE_SHIFT, request.length >> Z_PAGE_SHIFT
+            )
+            for found in self.fetched:
+                page.length, page.pattern = UNREADABLE if found is None else FETCHED, 0
+                if found is not None:
+                    whole = found
+                    page.data = <const uint8_t *><char *>whole
+                page += 1
+            request.fetched = True
+            return True
+        except BaseException as error:
+            self.error = error
+            return False
 
     cdef void answer(self) noexcept nogil:
         """Add the replies to a segment."""

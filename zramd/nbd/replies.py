@@ -3,7 +3,8 @@
 from itertools import groupby
 from typing import NamedTuple
 
-from zramd.device.zram import ZERO_PAGE, Device, PageError
+from zramd.device.fetching import Fetched, NotInMemoryError, PageError
+from zramd.device.zram import ZERO_PAGE, Device
 from zramd.nbd.block_status import Context, Extent
 from zramd.nbd.protocol import (
     CHUNK,
@@ -68,22 +69,31 @@ class SimpleReplies:
         self._add(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, failure.number, cookie))
 
     def read(
-        self, device: Device, cookie: int, start: int, length: int, offset: int, piece: int, *, whole: bool
+        self,
+        device: Device,
+        cookie: int,
+        start: int,
+        length: int,
+        offset: int,
+        piece: int,
+        fetched: dict[int, Fetched],
+        whole: bool = False,
     ) -> None:
         """Add `piece` bytes from `offset` of the reply to a read of `length` bytes at `start`.
 
         A reply is added in one piece or in several, in order; with `whole`, as one piece and at most one chunk. The
-        caller holds the device's lock.
+        caller holds the device's lock, and has `fetched` what was missing before.
 
         Raises:
             PageError: a page is damaged; nothing is added.
+            NotInMemoryError: pages have to be fetched first; nothing is added.
         """
         position = len(self.parts)
         if offset == start:
             self.parts.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
         try:
-            device.read(offset, piece, self.parts)
-        except PageError:
+            device.read(offset, piece, self.parts, fetched)
+        except (PageError, NotInMemoryError):
             del self.parts[position:]
             raise
         self.size += piece + (SIMPLE_REPLY.size if offset == start else 0)
@@ -117,14 +127,22 @@ class StructuredReplies(SimpleReplies):
         self._add(self._chunk(CHUNK_DONE, kind, cookie, start, len(payload)) + payload)
 
     def read(
-        self, device: Device, cookie: int, start: int, length: int, offset: int, piece: int, *, whole: bool
+        self,
+        device: Device,
+        cookie: int,
+        start: int,
+        length: int,
+        offset: int,
+        piece: int,
+        fetched: dict[int, Fetched],
+        whole: bool = False,
     ) -> None:
         """Add data as data and zeros as holes."""
         if not length:
             self._add(self._chunk(CHUNK_DONE, Chunk.NONE, cookie, start, 0))
             return
         pages: list[Buffer] = []
-        device.read(offset, piece, pages)
+        device.read(offset, piece, pages, fetched)
         if piece == length and len(pages) == 1 and not _is_zero(pages[0]):
             self._add(self._data(CHUNK_DONE, cookie, start, offset, length))
             self.parts += pages

@@ -11,9 +11,10 @@ pieces.
 import socket
 from collections.abc import Callable
 
+from zramd.device.fetching import Fetched, NotInMemoryError, PageError
 from zramd.device.native import NativeDevice
 from zramd.device.stream import Prepared, whole_pages
-from zramd.device.zram import Device, NoSpaceError, PageError
+from zramd.device.zram import Device, NoSpaceError
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE
 from zramd.nbd.block_status import Context, extents
 from zramd.nbd.inbox import Header, Inbox
@@ -66,6 +67,8 @@ class Transmission:
         # A request of more bytes does not fit the buffer, or is refused.
         self._long = min(limits.buffer - self._inbox.header.size, limits.payload)
         self._replies = _REPLIES[terms.mode]()
+        # Pages of the backing store that the next request needs.
+        self._fetched: dict[int, Fetched] = {}
         self._durable: list[tuple[int, int]] = []  # (cookie, offset) of requests to be answered after a flush
         self._forbidden = (_WRITE, _TRIM, _WRITE_ZEROES) if terms.read_only else ()
         # Up to this command, what has no flags and is in bounds is right.
@@ -193,6 +196,7 @@ class Transmission:
         done, read = replies.done, replies.read
         position, count = 0, len(batch)
         while position < count:
+            missing: list[int] = []
             with device:
                 self._inbox.require_client()
                 work = 0
@@ -202,14 +206,14 @@ class Transmission:
                     work += length + PAGE_SIZE
                     try:
                         if command == _WRITE:
-                            device.write(stream, begin, length, offset, prepared)
+                            device.write(stream, begin, length, offset, prepared, self._fetched)
                         elif command == _READ:
-                            read(device, cookie, offset, length, offset, length, whole=bool(flags & _DF))
+                            read(device, cookie, offset, length, offset, length, self._fetched, bool(flags & _DF))
                             continue
                         elif command == _TRIM:
                             device.discard(offset, length)
                         elif command == _WRITE_ZEROES:
-                            device.write_zeroes(offset, length, keep=bool(flags & _NO_HOLE))
+                            device.write_zeroes(offset, length, keep=bool(flags & _NO_HOLE), fetched=self._fetched)
                         elif command == _BLOCK_STATUS:
                             self._block_status(cookie, flags, offset, length, begin)
                             work = most
@@ -217,12 +221,24 @@ class Transmission:
                     except (NoSpaceError, PageError) as error:
                         replies.fail(cookie, offset, _failure(error))
                         continue
+                    except NotInMemoryError as error:
+                        position -= 1
+                        missing = error.pages
+                        break
                     if self._flush and (flags & _FUA or command == _FLUSH):
                         self._durable.append((cookie, offset))
                     else:
                         done(cookie, offset)
             self._send()
+            self._fetch(missing)
         self._send()
+
+    def _fetch(self, missing: list[int]) -> None:
+        """Read what the next request needs from the backing store, or forget what the last one needed."""
+        if missing:
+            self._fetched.update(self._device.fetch(missing))
+        elif self._fetched:
+            self._fetched = {}
 
     def _block_status(self, cookie: int, flags: int, offset: int, length: int, begin: int) -> None:
         """Answer a BLOCK_STATUS; its payload, if it has one, starts at `begin`. The caller holds the device's lock."""
@@ -293,9 +309,13 @@ class Transmission:
                 try:
                     with device:
                         inbox.require_client()
-                        device.write(self._stream, inbox.start, piece, offset, prepared)
+                        device.write(self._stream, inbox.start, piece, offset, prepared, self._fetched)
                 except (NoSpaceError, PageError) as error:
                     failure = _failure(error)
+                except NotInMemoryError as error:
+                    self._fetch(error.pages)
+                    continue
+            self._fetch([])
             inbox.start += piece
             offset += piece
             length -= piece
@@ -308,12 +328,16 @@ class Transmission:
             piece = min(end - offset, self._max_reply - offset % PAGE_SIZE)
             try:
                 with self._device:
-                    self._replies.read(self._device, cookie, start, length, offset, piece, whole=False)
+                    self._replies.read(self._device, cookie, start, length, offset, piece, self._fetched)
             except PageError as error:
                 if offset > start and not self._replies.fails_late:
                     raise SessionError(f"a read failed after its reply had begun: {error}") from error
                 self._replies.fail(cookie, start, _failure(error), offset)
                 end = offset
+            except NotInMemoryError as error:
+                self._fetch(error.pages)
+                continue
+            self._fetch([])
             self._send()
             offset += piece
 
@@ -328,9 +352,13 @@ class Transmission:
                     if command == _TRIM:
                         device.discard(offset, piece)
                     else:
-                        device.write_zeroes(offset, piece, keep=bool(flags & _NO_HOLE))
+                        device.write_zeroes(offset, piece, keep=bool(flags & _NO_HOLE), fetched=self._fetched)
             except (NoSpaceError, PageError) as error:
                 return _failure(error)
+            except NotInMemoryError as error:
+                self._fetch(error.pages)
+                continue
+            self._fetch([])
             offset += piece
             length -= piece
         return None

@@ -44,7 +44,7 @@ def _mm_stat(disk: Disk) -> str:
 
 
 def _io_stat(disk: Disk) -> str:
-    return "{:8d} {:8d} {:d} {:8d}\n".format(*astuple(disk.io_stat()))
+    return "{:8d} {:8d} {:d} {:8d}\n".format(*astuple(disk.io_stat())[:4])
 
 
 def _stat(disk: Disk) -> str:
@@ -61,6 +61,11 @@ def _stat(disk: Disk) -> str:
 def _debug_stat(_: Disk) -> str:
     """Return the number of slots that swap could not free because they were locked; a discard here waits instead."""
     return f"version: 1\n0 {0:8d}\n"
+
+
+def _bd_stat(disk: Disk) -> str:
+    stat = disk.bd_stat()
+    return f"{stat.count:8d} {stat.reads:8d} {stat.writes:8d}\n"
 
 
 def _choices(chosen: str | None) -> str:
@@ -82,6 +87,12 @@ _TEXTS: dict[str, Callable[[Disk], str]] = {
     "recomp_algorithm": _recomp_algorithm,
     "mem_limit": lambda disk: f"{disk.mm_stat().mem_limit}\n",
     "mem_used_max": lambda disk: f"{disk.mm_stat().mem_used_max}\n",
+    "bd_stat": _bd_stat,
+    "backing_dev": lambda disk: f"{disk.backing_path or 'none'}\n",
+    "writeback_limit": lambda disk: f"{disk.writeback.limit}\n",
+    "writeback_limit_enable": lambda disk: f"{int(disk.writeback.limited)}\n",
+    "writeback_batch_size": lambda disk: f"{disk.writeback.batch_size}\n",
+    "compressed_writeback": lambda _: "1\n",
     "initstate": lambda disk: f"{int(disk.disksize != 0)}\n",
     "classes": lambda disk: format_classes(disk.class_stats()),
     "codecs": lambda disk: codecs.describe(disk.algorithm() or ""),
@@ -151,4 +162,7 @@ def everything(served: Served) -> dict[str, object]:
         "io_stat": asdict(disk.io_stat()),
         "stat": asdict(disk.request_stat()),
         "work": [asdict(work) | {"seconds": work.seconds} for work in disk.works.under_way()],
+        "backing_dev": str(disk.backing_path) if disk.backing_path else None,
+        "bd_stat": asdict(disk.bd_stat()),
+        "writeback": asdict(disk.writeback),
     }

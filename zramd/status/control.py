@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.fetching import PageError
 from zramd.device.recompression import PAGE_TYPES, Recompression
 from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
-from zramd.device.zram import PageError
 from zramd.layout import PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
 from zramd.sizes import memparse
+from zramd.status import writeback
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
 
 FORCE = "force"
@@ -167,6 +168,12 @@ _WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "recomp_algorithm": _set_secondary,
     "idle": _mark_idle,
     "recompress": _recompress,
+    "backing_dev": writeback.set_backing_dev,
+    "writeback": lambda disk, value: disk.write_back(lambda pages: writeback.parse_selections(value, pages)),
+    "writeback_limit": writeback.set_limit,
+    "writeback_limit_enable": writeback.set_limit_enable,
+    "writeback_batch_size": writeback.set_batch_size,
+    "compressed_writeback": writeback.set_compressed,
     "grow": lambda disk, value: disk.grow(memparse(value)),
     "cancel": _cancel,
     "reset": _reset,

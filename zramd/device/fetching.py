@@ -1,0 +1,107 @@
+"""Pages that are only in the backing store: read without the device's lock, for who then takes it and looks again."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zramd.backing import DamagedObjectError
+from zramd.device.codecs import CodecError
+from zramd.layout import (
+    ENTRY_HANDLE_MASK,
+    ENTRY_SIZE_MASK,
+    ENTRY_SIZE_SHIFT,
+    ENTRY_STATE_MASK,
+    ENTRY_STATE_SHIFT,
+    PAGE_SIZE,
+    PageState,
+)
+
+if TYPE_CHECKING:
+    from zramd.device.zram import Device
+
+_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
+_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
+
+
+class PageError(Exception):
+    """A stored page cannot be read back."""
+
+
+class NotInMemoryError(Exception):
+    """What was asked needs `pages` that have to be fetched first."""
+
+    def __init__(self, pages: list[int]) -> None:
+        super().__init__(f"pages {pages} are written back")
+        self.pages = pages
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A page as it was when it was fetched, None if it could not be: `failure` says why.
+
+    `entry` and `reused` tell whether it still is that.
+    """
+
+    entry: int
+    reused: int
+    page: bytes | None
+    failure: str = ""
+
+    def is_still(self, device: "Device", index: int) -> bool:
+        """Say whether the page is the same still. The caller holds the lock."""
+        # An entry alone would not tell: another object may lie at the same place, after a segment was used again.
+        return self.entry == device.entry(index) and self.reused == _reused(device, self.entry)
+
+
+NOTHING_FETCHED: dict[int, Fetched] = {}
+
+
+def _reused(device: "Device", entry: int) -> int:
+    return device.backing.reused(entry & ENTRY_HANDLE_MASK) if device.backing else 0
+
+
+def fetch(device: "Device", pages: list[int]) -> dict[int, Fetched]:
+    """Read pages from wherever they are. The caller does not hold the device's lock."""
+    return {index: fetch_page(device, index) for index in pages}
+
+
+def fetch_page(device: "Device", index: int) -> Fetched:
+    """Read a page from wherever it is. The caller does not hold the device's lock."""
+    while True:
+        with device:
+            if device.retired:
+                return Fetched(0, 0, None, "went away with its disk")
+            entry = device.entry(index)
+            if entry & _STATE_MASK != _WRITTEN_BACK:
+                return _load(device, index, entry)
+            reused, backing = _reused(device, entry), device.backing
+        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        data, failure = b"", ""
+        if backing is None:
+            failure = "is on the backing store, which is missing"
+        else:
+            try:
+                data = backing.read(entry & ENTRY_HANDLE_MASK, index, length)
+            except OSError as error:
+                failure = f"cannot be read from the backing store: {error.strerror}"
+            except DamagedObjectError as error:
+                failure = f"is damaged on the backing store: {error}"
+        with device:
+            if device.retired or not Fetched(entry, reused, None).is_still(device, index):
+                continue
+            if not failure:
+                device.note_access(index)
+                try:
+                    page = data if length == PAGE_SIZE else device.decompress(entry, memoryview(data))
+                    return Fetched(entry, reused, page)
+                except CodecError as error:
+                    failure = f"is damaged: {error}"
+            device.note_failed_fetch()
+            return Fetched(entry, reused, None, failure)
+
+
+def _load(device: "Device", index: int, entry: int) -> Fetched:
+    """Return a page that is in memory. The caller holds the lock."""
+    try:
+        return Fetched(entry, 0, device.load_page(index))
+    except PageError as error:
+        return Fetched(entry, 0, None, str(error))
