@@ -1,20 +1,28 @@
 """The device against a plain bytearray, and its counters against a recount from the regions."""
 
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import UUID
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from zramd.backing.objects import units_of
+from zramd.backing.store import SEGMENT
 from zramd.device.algorithms import codec_number
+from zramd.device.cleaning import clean, reclaim
 from zramd.device.codecs import codec
-from zramd.device.counters import MmStat
+from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat
+from zramd.device.fetching import Fetched, NotInMemoryError
 from zramd.device.idle import mark_idle
 from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
+from zramd.device.writeback import Selection, Writeback, WritebackType
 from zramd.device.zram import Device, NoSpaceError
 from zramd.layout import (
     CODECS,
@@ -25,12 +33,15 @@ from zramd.layout import (
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
     PAGE_SIZE,
+    DeviceRecord,
     PageState,
 )
 from zramd.memory import RegionStore
 
 PAGES = 96
 SIZE = PAGES * PAGE_SIZE
+SEGMENTS = 4
+"""Of the backing store: as few as can hold the disk."""
 
 offsets = st.integers(0, SIZE - 1)
 lengths = st.one_of(st.integers(0, 3 * PAGE_SIZE), st.integers(0, 24).map(lambda pages: pages * PAGE_SIZE))
@@ -55,35 +66,54 @@ def make_data(kind: str, seed: int, length: int) -> bytearray:
     return bytearray(generator.randbytes(length))
 
 
+Action = Callable[[dict[int, Fetched]], None]
+
+
+def fetching(device: Device, action: Action) -> None:
+    """Carry out what may need pages of the backing store, as a connection does."""
+    fetched: dict[int, Fetched] = {}
+    while True:
+        try:
+            with device:
+                action(fetched)
+            return
+        except NotInMemoryError as error:
+            fetched.update(device.fetch(error.pages))
+
+
 def write(device: Device, offset: int, data: bytearray) -> None:
     stream = device.stream(data)
     prepared = stream.prepare(0, len(data), offset)
-    with device:
-        device.write(stream, 0, len(data), offset, prepared)
+    fetching(device, lambda fetched: device.write(stream, 0, len(data), offset, prepared, fetched))
 
 
 def read(device: Device, offset: int, length: int) -> bytes:
     out: list[bytes | memoryview] = []
-    with device:
-        device.read(offset, length, out)
+    fetching(device, lambda fetched: device.read(offset, length, out, fetched))
     return b"".join(out)
 
 
 def recount(device: Device, before: MmStat) -> MmStat:
     """Count everything anew from the page table and the pool's zspages; lifetime counters are taken over."""
-    stored = compressed = same = huge = 0
+    stored = compressed = same = huge = backed = units = 0
     with device.lock:
         for _, entry in device.entries():
             state = entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK
             stored += 1
             same += state == PageState.SAME_FILLED
+            if state == PageState.WRITTEN_BACK:
+                backed += 1
+                units += units_of(entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
             huge += state == PageState.HUGE
             if state in (PageState.COMPRESSED, PageState.HUGE):
                 length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
                 compressed += length
                 assert len(device.pool.map(entry & ENTRY_HANDLE_MASK, length)) == length
         pages = sum(arena.pages for arena in device.pool.arenas for owner in arena.size_class if owner)
-        assert sum(sum(arena.used) for arena in device.pool.arenas) == stored - same
+        assert sum(sum(arena.used) for arena in device.pool.arenas) == stored - same - backed
+        assert device.record[DeviceRecord.BACKED_PAGES] == backed
+        if device.backing:
+            assert device.backing.records[0] == sum(device.backing.records[2::2]) == units
     return MmStat(
         orig_data_size=stored * PAGE_SIZE,
         compr_data_size=compressed,
@@ -106,6 +136,9 @@ class DeviceMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = TemporaryDirectory(dir="/dev/shm")
+        self.medium = Path(self.directory.name) / "medium"
+        self.medium.touch()
+        os.truncate(self.medium, SEGMENTS * SEGMENT)
         self.expected = bytearray(SIZE)
         self.notify_free = 0
         self.peak = 0
@@ -118,7 +151,8 @@ class DeviceMachine(RuleBasedStateMachine):
         return self.opened.device
 
     def _open(self) -> OpenDevice:
-        wanted = Wanted(disksize=SIZE, codec=codec(self.algorithm), integrity=self.algorithm == "zstd")
+        made = codec(self.algorithm)
+        wanted = Wanted(disksize=SIZE, codec=made, integrity=self.algorithm == "zstd", backing=self.medium)
         return OpenDevice(RegionStore(Path(self.directory.name) / "state"), wanted)
 
     @initialize(kind=contents, seed=st.integers(0, 5))
@@ -150,8 +184,7 @@ class DeviceMachine(RuleBasedStateMachine):
     @rule(offset=offsets, length=lengths)
     def write_zeroes(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
-        with self.device:
-            self.device.write_zeroes(offset, length)
+        fetching(self.device, lambda fetched: self.device.write_zeroes(offset, length, fetched=fetched))
         self.expected[offset : offset + length] = bytes(length)
         self.notify_free += max(0, (offset + length) // PAGE_SIZE - -(-offset // PAGE_SIZE))
 
@@ -223,6 +256,28 @@ class DeviceMachine(RuleBasedStateMachine):
         assert (after.huge_pages_since, after.mem_used_max) == (before.huge_pages_since, before.mem_used_max)
         assert after.huge_pages <= before.huge_pages
 
+    @rule(kind=st.sampled_from(WritebackType), first=st.integers(0, PAGES - 1), pages=st.integers(1, PAGES))
+    def write_back(self, kind: WritebackType, first: int, pages: int) -> None:
+        device = self.device
+        assert device.backing is not None
+        before = device.mm_stat(), device.bd_stat()
+        selection = Selection(kind, first, min(first + pages, PAGES) - 1)
+        outcome = Writeback(device, device.backing, [selection]).run()
+        assert outcome.written == outcome.candidates == device.bd_stat().pages - before[1].pages
+        after = device.mm_stat()
+        assert after.compr_data_size == before[0].compr_data_size - outcome.bytes_written
+        assert after.orig_data_size == before[0].orig_data_size
+        with device:
+            assert not any(kind.matches(device.entry(page)) for page in range(first, selection.last + 1))
+
+    @rule()
+    def clean_the_store(self) -> None:
+        device, before = self.device, self.device.bd_stat()
+        assert device.backing is not None
+        clean(device, device.backing)
+        reclaim(device, device.backing)
+        assert (device.bd_stat().count, device.bd_stat().pages) == (before.count, before.pages)
+
     @rule(everything=st.booleans())
     def mark_idle(self, everything: bool) -> None:
         in_slices(self.device, mark_idle(self.device, None if everything else 0))
@@ -233,13 +288,17 @@ class DeviceMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        before = self.device.mm_stat(), self.device.io_stat(), self.device.request_stat(), self.device.identity.uuid
+        before = self._facts()
         self.opened.close()
         self.opened = self._open()
         assert self.opened.recovered
-        after = self.device.mm_stat(), self.device.io_stat(), self.device.request_stat(), self.device.identity.uuid
+        after = self._facts()
         # Counted when pages are recovered, but not when they are recompressed.
         assert after == (replace(before[0], mem_used_max=after[0].mem_used_max), *before[1:])
+
+    def _facts(self) -> tuple[MmStat, IoStat, BdStat, RequestStat, UUID]:
+        device = self.device
+        return device.mm_stat(), device.io_stat(), device.bd_stat(), device.request_stat(), device.identity.uuid
 
     @invariant()
     def counters_equal_a_recount(self) -> None:
@@ -253,7 +312,7 @@ class DeviceMachine(RuleBasedStateMachine):
             compressed = [
                 codec_number(entry)
                 for _, entry in self.device.entries()
-                if entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK == PageState.COMPRESSED
+                if 0 < entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK < PAGE_SIZE
             ]
         assert [self.device.codec_pages(number) for number in range(CODECS)] == list(
             map(compressed.count, range(CODECS))

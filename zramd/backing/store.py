@@ -83,7 +83,7 @@ class Store:
     def __init__(self, medium: Medium, key: bytes, kept: memoryview, segments: int) -> None:
         self.medium = medium
         self.segments = segments
-        self.records = private_memory(2 * WORD * segments).cast("Q")
+        self.records = private_memory(2 * WORD * segments).cast("Q")[: 2 * segments]
         self.records[_NEXT] = NOBODY
         self._sealer = Sealer(key)
         self._kept = kept
