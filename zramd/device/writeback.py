@@ -78,6 +78,7 @@ class WritebackOutcome:
     candidates: int = 0
     written: int = 0
     bytes_written: int = 0
+    cancelled: bool = False
 
 
 class Writeback:
@@ -119,6 +120,7 @@ class Writeback:
                     pause()
         finally:
             self._flush()
+        self.outcome.cancelled = self.work.cancelled
         if self._failure:
             raise self._failure
         return self.outcome

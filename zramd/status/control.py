@@ -169,7 +169,7 @@ _WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "idle": _mark_idle,
     "recompress": _recompress,
     "backing_dev": writeback.set_backing_dev,
-    "writeback": lambda disk, value: disk.write_back(lambda pages: writeback.parse_selections(value, pages)),
+    "writeback": writeback.write_back,
     "writeback_limit": writeback.set_limit,
     "writeback_limit_enable": writeback.set_limit_enable,
     "writeback_batch_size": writeback.set_batch_size,

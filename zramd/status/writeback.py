@@ -64,6 +64,15 @@ def _unsigned(value: str, name: str, most: int) -> int:
     return number
 
 
+def write_back(disk: Disk, value: str) -> str:
+    """Write pages back, and return a line about it."""
+    outcome = disk.write_back(lambda pages: parse_selections(value, pages))
+    return (
+        f"{'cancelled: ' * outcome.cancelled}{outcome.written} of {outcome.candidates} pages written back, "
+        f"{outcome.bytes_written} bytes saved\n"
+    )
+
+
 def parse_selections(value: str, pages: int) -> list[Selection]:
     """Read what `writeback` takes: `type=T`, `page_index=N`, `page_indexes=LOW-HIGH`, or a bare T.
 
