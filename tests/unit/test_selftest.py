@@ -98,10 +98,11 @@ class BrokenStream:
     def bits(self) -> int:
         return self._stream.bits  # type: ignore[attr-defined, no-any-return]
 
-    def load_pages(self, first: int, end: int, out: list[bytes], zero_page: bytes) -> None:
-        self._stream.load_pages(first, end, out, zero_page)  # type: ignore[attr-defined]
+    def load_pages(self, first: int, end: int, out: list[bytes], zero_page: bytes) -> list[int]:
+        backed: list[int] = self._stream.load_pages(first, end, out, zero_page)  # type: ignore[attr-defined]
         if self._wrong == "flips a bit":
             out[-20] = bytes([out[-20][0] ^ 1]) + out[-20][1:]
+        return backed
 
 
 @pytest.mark.parametrize(
