@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from harness import StepError, end_group
-from vm_image import GUEST, KERNELS
+from vm_image import GUEST, KERNELS, ROOT
 from vm_machine import Guest
 
 READY_SECONDS = 20.0
@@ -40,9 +40,10 @@ class Scenario:
     kernels: tuple[str, ...] = ("6.1",)
     memory: int = 512
     expected: Expected = Expected.NOTHING_LOST
-    limit: float = 240
+    limit: float = 480
     silence: float = 60
     systemd: bool = False
+    files: tuple[Path, ...] = ()
 
     def guest(self, version: str, settings_file: Path, **port: str) -> Guest:
         """Return the machine that runs it; its settings go into that file."""
@@ -54,7 +55,8 @@ class Scenario:
             self.memory,
             GUEST / self.script,
             systemd=self.systemd,
-            files={"settings": settings_file},
+            files={"settings": settings_file, **{path.name: path for path in self.files}},
+            append=RUN_SCRIPT if self.systemd else "",
             limit=self.limit,
             silence=self.silence,
         )
@@ -68,10 +70,12 @@ def _swapping(server: str, hog: str, limit: str = "", kills: int = 0, protected:
         "HOG": hog,
         "LIMIT": limit,
         "KILLS": str(kills),
-        "EVERY": "20000",
-        "SETUP": "",
+        "EVERY": "80",
     }
 
+
+RUN_SCRIPT = "systemd.run=/guest/script systemd.run_success_action=none systemd.run_failure_action=none"
+"""On the kernel's command line: systemd, once it is up, starts the script."""
 
 BOTH = tuple(KERNELS)
 SMALL, LARGE = "128 3 1", "330 2 1"
@@ -127,8 +131,26 @@ def _kernel_zram(scenario: Scenario) -> Scenario:
     )
 
 
+_UNITS = Scenario(
+    "f",
+    "systemd's units: killed, upgraded by reload, and stopped while the machine swaps",
+    "units",
+    {},
+    BOTH,
+    limit=400,
+    silence=120,
+    systemd=True,
+    files=(
+        *sorted((ROOT / "systemd").glob("*.service")),
+        *sorted((ROOT / "systemd").glob("*.socket")),
+        ROOT / "systemd" / "zramd.sysusers.conf",
+        ROOT / "configs" / "swap.toml",
+    ),
+)
+
 SCENARIOS = (
     *_SWAPPING,
+    _UNITS,
     *(_plain(scenario) for scenario in _SWAPPING),
     *(_kernel_zram(scenario) for scenario in _SWAPPING if scenario.name in {"b", "c"}),
 )

@@ -22,8 +22,8 @@ from contextlib import suppress
 
 from zramd.reclaim import protect
 
-SERVER = "ZRAMD_SERVER"
-"""In the environment of a supervisor after an upgrade: the server's pid."""
+SERVER, STOPPING = "ZRAMD_SERVER", "ZRAMD_STOPPING"
+"""In the environment of a supervisor after an upgrade: the server's pid, and (not empty) that it was told to stop."""
 HAND_OVER = signal.SIGUSR1
 HAND_OVER_SECONDS = 10.0
 """A server that has not left by then is killed, which loses nothing."""
@@ -53,7 +53,7 @@ def supervise() -> Started:
     predecessor = int(os.environ.pop(SERVER, "0"))
     if predecessor:
         _relieve(predecessor)
-    supervisor = _Supervisor(has_served=bool(predecessor))
+    supervisor = _Supervisor(has_served=bool(predecessor), stopping=bool(os.environ.pop(STOPPING, "")))
     while True:
         started = supervisor.fork()
         if started is not None:
@@ -76,16 +76,19 @@ def _relieve(server: int) -> None:
 
 
 class _Supervisor:
-    """The supervisor of one server after the other; `has_served` says whether one ever did serve."""
+    """The supervisor of one server after the other.
 
-    def __init__(self, *, has_served: bool) -> None:
+    `has_served` says whether one ever did serve; `stopping`, that it was told to stop, which a server may put off.
+    """
+
+    def __init__(self, *, has_served: bool, stopping: bool) -> None:
         self._has_served = has_served
         self._server = 0
         self._check: subprocess.Popen[str] | None = None
         self._pipe = -1
         self._born = 0.0
         self._pause = 0.0
-        self._stopping = False
+        self._stopping = stopping
 
     def fork(self) -> Started | None:
         """Start a server. Return in it what it has to call, and None in the supervisor."""
@@ -107,6 +110,8 @@ class _Supervisor:
             return started
         os.close(server_end)
         self._pipe = pipe
+        if self._stopping:
+            os.kill(self._server, signal.SIGTERM)
         return None
 
     def watch(self) -> None:
@@ -161,5 +166,6 @@ class _Supervisor:
             log.error("no upgrade, since what is installed would not serve: %s", errors.strip().rpartition("\n")[2])
             return
         os.environ[SERVER] = str(self._server)
+        os.environ[STOPPING] = "1" if self._stopping else ""
         os.close(self._pipe)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 (its own command line)

@@ -130,6 +130,15 @@ def test_a_server_that_dies_during_an_upgrade_has_a_successor(supervised: Superv
     assert supervised.read(7) == data
 
 
+@pytest.mark.parametrize("delay", [0, 0.1, 0.2, 0.3, 0.4])
+def test_a_stop_is_not_lost_in_an_upgrade(supervised: Supervised, delay: float) -> None:
+    supervised.process.send_signal(signal.SIGHUP)
+    time.sleep(delay)
+    supervised.process.terminate()
+    supervised.process.communicate(timeout=30)
+    assert supervised.process.returncode == 0
+
+
 def test_a_program_that_would_not_serve_is_no_upgrade(tmp_path: Path, state: Path) -> None:
     config = tmp_path / "zramd.toml"
     config.write_text(
