@@ -15,6 +15,7 @@ from tests.crash.disk import KilledDisk
 from tests.crash.servers import ForkedServers, Starter, build_engine
 from tests.crash.steps import STEPS, Phase
 from zramd.device.codecs import NAMES
+from zramd.device.superblock import StateError
 from zramd.native import Engine, EngineError, choose
 
 KILLS_OF_A_DISK = 25
@@ -89,7 +90,7 @@ def main(wanted: int, seed: int) -> None:
             directory = Path(tempfile.mkdtemp(prefix="zramd-crash-", dir="/dev/shm"))
             try:
                 kills.kill(directory, wanted - done)
-            except AssertionError as error:
+            except (AssertionError, StateError) as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 raise click.ClickException(
                     f"after {kills.by_kind.total()} kills with seed {seed}, {place.filename}:{place.lineno} does not "

@@ -97,7 +97,7 @@ def _adopt(pool: Pool, objects: Iterable[tuple[int, int]], seen: bytearray, pres
         if state.size != PAGE_SIZE:
             if state.words[(zspage * state.span + index * state.size) >> 3] != handle << 1 | HEADER_IN_USE:
                 raise DamagedError(f"the object of handle {handle} carries another handle")
-        elif _is_same_filled(state, zspage):
+        elif length == PAGE_SIZE and _is_same_filled(state, zspage):
             raise DamagedError(f"the object of handle {handle} has been overwritten")
         used = state.used[zspage]
         if not used:
