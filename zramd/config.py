@@ -18,11 +18,13 @@ from typing import Any, NoReturn, TypeVar
 
 from zramd.device.choice import parse_choice
 from zramd.device.opening import Wanted
+from zramd.device.recompression import Recompression
 from zramd.nbd.access import Access
 from zramd.nbd.identity import MAX_DESCRIPTION, UUID_LENGTH
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX, make_runtime_directory, state_directory
+from zramd.policy.rules import Mode, Rules, Watermark, parse_watermark
 from zramd.settings import DESCRIPTION, DiskSettings, Settings, UnixAddress
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
@@ -32,6 +34,7 @@ MIN_MEMORY = 512 << 10
 MIN_PAYLOAD = 1 << 20
 """What clients may expect whatever is advertised."""
 MAX_LIMIT = 1 << 30
+MAX_SECONDS = 1 << 31
 MAX_ID = (1 << 32) - 2
 """The largest uid and gid; to chown, the next one means to change nothing."""
 
@@ -99,6 +102,14 @@ class Table:
             return convert(self._values[key])
         except ValueError as error:
             self.fail(key, str(error))
+
+    def take_table(self, key: str) -> "Table":
+        """Return the table of that name inside this one, an empty one if it is not there."""
+        self._known.append(key)
+        values = self._values.get(key, {})
+        if not isinstance(values, dict):
+            self.fail(key, f"must be a table: write [{self.name}.{key}]")
+        return Table(self._path, self._text, f"{self.name}.{key}", values)
 
     def end(self) -> None:
         """Check that every key was taken."""
@@ -219,8 +230,37 @@ def _disk(table: Table) -> DiskSettings:
         group=table.take("status-group", find_group, None),
         description=table.take("description", _description, DESCRIPTION),
         read_only=table.take("read-only", _boolean, False),
-        recompression=choice.recompression if choice else None,
+        policy=_policy(table, choice.recompression if choice else None),
     )
+
+
+def _policy(disk: Table, recompression: Recompression | None) -> Rules:
+    """Return the rules of the table [zram0.policy]."""
+    table = disk.take_table("policy")
+    default = Rules()
+    mode = Mode.DRY_RUN if table.take("dry-run", _boolean, False) else Mode.ON
+    rules = Rules(
+        mode=mode if table.take("enabled", _boolean, False) else Mode.OFF,
+        idle_after=table.take("idle-after", _number(1, MAX_SECONDS), default.idle_after),
+        writeback_after=table.take("writeback-after", _number(0, MAX_SECONDS), default.writeback_after),
+        low=table.take("memory-low", _watermark, default.low),
+        high=table.take("memory-high", _watermark, default.high),
+        pressure_some=table.take("pressure-some", _number(1, 101), default.pressure_some),
+        pressure_full=table.take("pressure-full", _number(1, 101), default.pressure_full),
+        write_budget=table.take("write-budget", _size(0), default.write_budget),
+        busy_requests=table.take("busy-requests", _number(0, 1 << 32), default.busy_requests),
+        recompression=recompression,
+    )
+    if (rules.low.percent and rules.high.percent and rules.low.percent > rules.high.percent) or (
+        rules.low.size and rules.high.size and rules.low.size > rules.high.size
+    ):
+        table.fail("memory-low", "must not be above memory-high")
+    table.end()
+    return rules
+
+
+def _watermark(value: Any) -> Watermark:
+    return parse_watermark(_string(value))
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -39,6 +39,8 @@ from zramd.nbd.tls import TlsError, TlsMode, make_context
 from zramd.nbd.warmup import WarmUpError, warm_up
 from zramd.notify import notify
 from zramd.paths import make_runtime_directory
+from zramd.policy.loop import Policy
+from zramd.policy.rules import Mode
 from zramd.reclaim import Measure, protect, protect_thread
 from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
@@ -222,6 +224,9 @@ class _Daemon:
         """Open the status and the admin socket of a disk, unless they are among those of socket activation."""
         if chosen.status is None or chosen.admin is None:
             return
+        policy = Policy(disk, chosen.policy)
+        policy.switch(chosen.policy.mode)
+        self._sockets.callback(policy.switch, Mode.OFF)
         served = Served(
             disk,
             self._uris(disk.name),
@@ -229,6 +234,7 @@ class _Daemon:
             partial(self._report, chosen),
             partial(self._swaps_of, disk),
             partial(os.kill, os.getpid(), HAND_OVER),
+            partial(_control_policy, policy),
         )
         status_name, admin_name = _socket_names(self._settings, chosen)
         reading = self._named.get(status_name)
@@ -292,6 +298,16 @@ class _Daemon:
             return None
         how = "" if has_nbd() else " --fuse"
         return f"zramd attach{how} --uri '{self._uris(self._settings.disks[0].name)[0]}'"
+
+
+def _control_policy(policy: Policy, word: str) -> str:
+    """Carry out what the admin socket, or the status socket (`last`), asks of a policy."""
+    if word == "last":
+        return policy.last()
+    if word == "explain":
+        return policy.explain()
+    policy.switch(Mode(word))
+    return ""
 
 
 def _socket_names(settings: Settings, disk: DiskSettings) -> tuple[str, str]:

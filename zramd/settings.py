@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zramd.device.opening import Wanted
-from zramd.device.recompression import Recompression
 from zramd.nbd.access import DEFAULT_ACCESS, Access
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsSettings
+from zramd.policy.rules import DEFAULT_RULES, Rules
 
 DESCRIPTION = "zramd compressed memory"
 """What clients read about an export that has no description of its own."""
@@ -20,7 +20,6 @@ class DiskSettings:
     A disksize of 0 leaves it uninitialised. `mem_limit` None is as the kept state says. `writeback_limit` is in bytes,
     and is for a disk that has none; of one that is kept, what is left stays. `state` None keeps nothing.
     `status` and `admin` are its two sockets, None for none; `group` is the gid that may read the first.
-    `recompression` is which pages the policy recompresses, None for those that are idle or huge.
     """
 
     name: str
@@ -32,8 +31,8 @@ class DiskSettings:
     group: int | None = None
     description: str = DESCRIPTION
     read_only: bool = False
-    recompression: Recompression | None = None
     writeback_limit: int | None = None
+    policy: Rules = DEFAULT_RULES
 
 
 @dataclass(frozen=True, slots=True)

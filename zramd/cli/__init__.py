@@ -15,6 +15,7 @@ _VERBS = {
     "idle": "zramd.cli.work:idle",
     "recompress": "zramd.cli.work:recompress",
     "writeback": "zramd.cli.work:writeback",
+    "policy": "zramd.cli.policy:policy",
     "block-state": "zramd.cli.stat:block_state",
     "grow": "zramd.cli.control:grow",
     "reset": "zramd.cli.control:reset",

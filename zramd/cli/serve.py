@@ -15,6 +15,7 @@ from zramd.log import start_log
 from zramd.native import EngineError, choose
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
+from zramd.policy.rules import Rules
 from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
@@ -131,7 +132,7 @@ def serve(
                         admin=admin or (status.with_suffix(ADMIN_SUFFIX) if status else None),
                         group=status_group,
                         read_only=read_only,
-                        recompression=algorithm.recompression if algorithm else None,
+                        policy=Rules(recompression=algorithm.recompression if algorithm else None),
                     ),
                 ),
                 unix=(UnixAddress(unix),) if unix else (),

@@ -5,7 +5,8 @@ A disk without a device is uninitialised: it has a name and settings, but no siz
 
 import errno
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from zramd.device.idle import mark_idle
 from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
 from zramd.device.recompression import Outcome, Recompression, Recompressor
 from zramd.device.slices import in_slices
+from zramd.device.survey import Survey, take_survey
 from zramd.device.work import Work, WorkKind, Works, WorkUnderWayError
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome
 from zramd.device.zram import uptime
@@ -292,6 +294,20 @@ class Disk:
         with self._work(WorkKind.IDLE) as work:
             in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds, work))
             return work.changed
+
+    def survey(self, ages: Sequence[int], threshold: int) -> Survey | None:
+        """Count what is worth recompressing or writing back, by ages in seconds; None if that was cancelled.
+
+        Raises:
+            UninitialisedError: there are no pages.
+        """
+        device = self.require_opened().device
+        found = Survey()
+        with self._work(WorkKind.SURVEY) as work:
+            started = time.thread_time()
+            in_slices(device, take_survey(device, ages, threshold, uptime(), found, work))
+            found.seconds = time.thread_time() - started
+            return None if work.cancelled or device.retired else found
 
     def recompress(self, order: Recompression) -> Outcome:
         """Recompress pages.

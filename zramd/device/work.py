@@ -43,6 +43,7 @@ class Work:
         done: how many of `total` pages (or parts, as the kind has them) are done; a total of 0 is not known yet.
         changed: pages that are what the work makes of them: idle, smaller, written back.
         saved: bytes that are no longer used in memory.
+        thread: the one that does it (its identifier).
         started: in seconds of CLOCK_MONOTONIC.
         cancelled: whether it is to stop soon, with everything whole; set by any thread.
     """
@@ -52,6 +53,7 @@ class Work:
     total: int = 0
     changed: int = 0
     saved: int = 0
+    thread: int = field(default_factory=threading.get_ident)
     started: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

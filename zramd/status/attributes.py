@@ -25,6 +25,7 @@ class Served:
 
     `measures` returns what is done for swapping to it, None if that was not asked for; `swaps` the swap areas on it;
     `stop` ends the server.
+    `policy` carries out explain, on, off or dry-run, or (last) tells what was decided last.
     """
 
     disk: Disk
@@ -33,6 +34,7 @@ class Served:
     measures: Callable[[], list[Measure] | None] = lambda: None
     swaps: Callable[[], list[str]] = list
     stop: Callable[[], None] = lambda: None
+    policy: Callable[[str], str] = lambda _: "off\n"
 
 
 class AttributeRefusedError(Exception):
@@ -99,7 +101,7 @@ _TEXTS: dict[str, Callable[[Disk], str]] = {
     "work": lambda disk: "".join(f"{work}\n" for work in disk.works.under_way()),
 }
 
-NAMES = (*_TEXTS, "json")
+NAMES = (*_TEXTS, "policy", "json")
 STREAMED: dict[str, Callable[[Device], Iterator[str]]] = {"block_state": block_state}
 """What is too much for one text. It tells what pages are, and so is for the owner only."""
 
@@ -110,6 +112,8 @@ def read(served: Served, name: str) -> str:
     Raises:
         AttributeRefusedError: there is no such attribute, or the disk has it only once it is initialised.
     """
+    if name == "policy":
+        return served.policy("last")
     if name == "json":
         return json.dumps(everything(served)) + "\n"
     if name in STREAMED:

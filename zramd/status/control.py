@@ -24,6 +24,7 @@ FORCE = "force"
 """The value of `reset` and `stop` that takes no notice of clients; the kernel has nothing like it."""
 MAX_ALGORITHM = 128
 """Characters in comp_algorithm (CRYPTO_MAX_ALG_NAME)."""
+POLICY = ("explain", "on", "dry-run", "off")
 MAX_RESET = (1 << 16) - 1
 
 _INTEGER = re.compile(r"\+?([0-9]+)\n?", re.ASCII)
@@ -150,6 +151,14 @@ def _reset(disk: Disk, value: str) -> None:
     disk.reset(force=force)
 
 
+def _set_policy(served: Served, value: str) -> str:
+    """Switch the policy, or let it explain itself. The kernel has nothing like it."""
+    text = value.strip()
+    if text not in POLICY:
+        raise ValueError(f"policy takes {', '.join(POLICY)}")
+    return served.policy(text)
+
+
 def _stop(served: Served, value: str) -> None:
     """End the server. The kernel has nothing like it."""
     swaps = served.swaps()
@@ -179,7 +188,7 @@ _WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "reset": _reset,
 }
 
-WORDS = (*_WORDS, "stop")
+WORDS = (*_WORDS, "policy", "stop")
 
 
 def write(served: Served, name: str, value: str) -> str:
@@ -195,6 +204,8 @@ def write(served: Served, name: str, value: str) -> str:
     try:
         if name == "stop":
             _stop(served, value)
+        elif name == "policy":
+            return _set_policy(served, value)
         else:
             return _WORDS[name](served.disk, value) or ""
     except BusyError as error:
