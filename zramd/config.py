@@ -123,7 +123,8 @@ class Table:
 
 
 def _fail(path: Path, text: str, table: str, key: str | None, reason: str) -> NoReturn:
-    where = " ".join([f"[{_name(table)}]"] * bool(table) + ([] if key is None else [_name(key)]))
+    header = _name(table.removesuffix(".policy")) + table[len(table.removesuffix(".policy")) :]
+    where = " ".join([f"[{header}]"] * bool(table) + ([] if key is None else [_name(key)]))
     raise ConfigError(f"{path}:{_line(text, table, key)}: {where}: {reason}")
 
 

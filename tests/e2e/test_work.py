@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.configured import disk_table, quoted, start_configured
 from tests.conftest import ServerProcess, start_server
 from tests.nbd_bytes import REPLY_BYTES, connect, receive, reply, write_request
 from tests.property.test_device import make_data
@@ -109,6 +110,28 @@ def test_who_takes_only_the_first_lines_of_block_state_sees_no_error(server: Ser
     command = f"{sys.executable} -m zramd block-state --admin {server.admin} | head -n 2"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)  # noqa: S602
     assert (done.stdout.count("\n"), done.stderr) == (2, "")
+
+
+def test_the_policy_explains_itself_and_is_switched(server: ServerProcess) -> None:
+    assert run(server, "policy").stdout == "off\n"
+    assert server.ask("policy") == "off\n"
+    lines = run(server, "policy", "--explain").stdout.splitlines()
+    assert lines[0] == "off: nothing."
+    assert lines[1] == f"None of {PAGES} pages that were not touched for 600 s is left to recompress."
+    done = run(server, "policy", "--dry-run")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run(server, "policy").stdout.startswith("dry-run\n")
+    assert run(server, "policy", "--off").returncode == 0
+    assert run(server, "policy").stdout == "off\n"
+
+
+def test_the_policy_of_the_configuration_is_on_from_the_start(tmp_path: Path) -> None:
+    table = disk_table(tmp_path, "zram0", 'compression-algorithm = "lz4 zstd(level=9) (type=idle)"')
+    text = f"[server]\nunix = {quoted(tmp_path / 'zram0.nbd')}\n{table}[zram0.policy]\nenabled = true\nidle-after = 5\n"
+    server = start_configured(tmp_path, text)
+    assert run(server, "policy").stdout == "on\n"
+    assert run(server, "policy", "--explain").stdout.startswith("on: nothing.\n")
+    assert server.stop()[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """The policy on a disk: what it counts, does, and leaves alone."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.property.test_device import make_data, read, write
+from zramd.backing.store import SEGMENT
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.opening import Wanted
@@ -88,6 +91,33 @@ def test_it_counts_recompresses_what_is_idle_and_rests(disk: Disk) -> None:
     assert made.action is Action.NOTHING
     assert "counted again" in made.reasons[-1]
     assert read(device, 0, SIZE) == contents
+
+
+def test_it_writes_back_no_more_than_the_budget_has(tmp_path: Path) -> None:
+    medium = tmp_path / "medium"
+    medium.touch()
+    os.truncate(medium, 16 * SEGMENT)
+    disk = Disk("zram0", None)
+    opened = disk.open(Wanted(SIZE, codec("lz4"), backing=medium))
+    write(opened.device, 0, make_data("half", 1, SIZE))
+    contents = read(opened.device, 0, SIZE)
+    rules = Rules(mode=Mode.ON, idle_after=100, writeback_after=100, write_budget=24 * 40 * PAGE_SIZE)
+    policy = Policy(disk, rules, lambda: None)
+    with opened.device:
+        for page in range(PAGES):
+            opened.device._times[page] = 1
+    assert step(policy).action is Action.SURVEY
+    made = step(policy)
+    assert made.action is Action.NOTHING
+    assert "only 0B may be written now, of 3.8M a day" in " ".join(made.reasons)
+    policy._budget._noted -= 86400  # it is a day later
+    made = step(policy)
+    assert (made.action, made.max_pages) == (Action.WRITE_BACK, 40)
+    assert 0 < disk.bd_stat().pages <= 40
+    assert 0 < disk.bd_stat().writes <= 40
+    assert policy._budget.left(time.monotonic()) <= (40 - disk.bd_stat().writes) * PAGE_SIZE + PAGE_SIZE
+    assert read(opened.device, 0, SIZE) == contents
+    opened.close()
 
 
 def test_a_dry_run_decides_and_does_nothing(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:

@@ -374,8 +374,8 @@ class Disk:
             else:
                 self._writeback = change(self._writeback)
 
-    def write_back(self, select: Callable[[int], list[Selection]]) -> WritebackOutcome:
-        """Write back the pages that `select` names, given how many pages there are.
+    def write_back(self, select: Callable[[int], list[Selection]], most: int | None = None) -> WritebackOutcome:
+        """Write back the pages that `select` names, given how many pages there are; at most so many.
 
         Raises:
             UninitialisedError: there are no pages.
@@ -390,7 +390,7 @@ class Disk:
                 reason = f"the backing store {where} is missing" if where else "set backing_dev first"
                 raise OSError(errno.ENODEV, reason)
             try:
-                return Writeback(device, device.backing, select(device.disksize >> PAGE_SHIFT), work).run()
+                return Writeback(device, device.backing, select(device.disksize >> PAGE_SHIFT), work, most).run()
             except FullError as error:
                 raise OSError(errno.ENOSPC, str(error)) from error
             except LimitError as error:

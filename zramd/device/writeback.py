@@ -82,14 +82,22 @@ class WritebackOutcome:
 
 
 class Writeback:
-    """Writes pages back in the calling thread; others may look at `outcome` and `work`, and cancel it."""
+    """Writes `most` pages back in the calling thread; others may look at `outcome` and `work`, and cancel it."""
 
-    def __init__(self, device: Device, backing: Store, selections: list[Selection], work: Work | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        backing: Store,
+        selections: list[Selection],
+        work: Work | None = None,
+        most: int | None = None,
+    ) -> None:
         self.outcome = WritebackOutcome()
         self.work = work or Work(WorkKind.WRITEBACK)
         self._device = device
         self._backing = backing
         self._selections = selections
+        self._most = most
         # (page, entry when it was taken, place) of what is in the segment, and not yet written.
         self._pending: list[tuple[int, int, int]] = []
         self._failure: OSError | None = None
@@ -107,14 +115,19 @@ class Writeback:
         buckets = [array("Q") for _ in range(PAGE_SIZE // BUCKET_BYTES + 1)]
         for number in range(len(self._selections)):
             in_slices(self._device, self._scan(number, buckets))
-        self.work.total = self.outcome.candidates = sum(map(len, buckets))
+        self.outcome.candidates = left = sum(map(len, buckets))
+        if self._most is not None:
+            left = min(left, self._most)
+        self.work.total = left
         reclaim(self._device, self._backing)
         try:
             # The kernel takes the largest first, and of one bucket the page that was found last.
             for bucket in reversed(buckets):
-                while bucket and not self.work.cancelled and not self._device.retired:
-                    batch = bucket[-self._batch :]
-                    del bucket[-self._batch :]
+                while bucket and left and not self.work.cancelled and not self._device.retired:
+                    size = min(self._batch, left)
+                    batch = bucket[-size:]
+                    del bucket[-size:]
+                    left -= len(batch)
                     self._write(list(reversed(batch)))
                     self.work.done += len(batch)
                     pause()

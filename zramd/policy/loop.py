@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.fetching import PageError
 from zramd.device.survey import Survey
-from zramd.device.zram import PageError
+from zramd.device.writeback import Selection, WritebackType
+from zramd.layout import PAGE_SIZE
 from zramd.memory import NoMemoryError
 from zramd.policy.budget import Budget
 from zramd.policy.decision import Action, Decision, Situation, ages, decide, pause
@@ -131,7 +133,7 @@ class Policy:
             pressing=self._pressing,
             other_work=others[0].value if others else None,
             secondary=bool(device.identity.algorithms.secondary),
-            store=False,
+            store=device.backing is not None,
         )
 
     def _is_mine(self, thread: int) -> bool:
@@ -173,6 +175,8 @@ class Policy:
             return
         if decision.idle_seconds is not None:
             self._disk.mark_idle(decision.idle_seconds)
+        if decision.action is Action.WRITE_BACK:
+            self._write_back(decision.max_pages)
         if decision.order is not None:
             outcome = self._disk.recompress(decision.order)
             log.info(
@@ -183,6 +187,21 @@ class Policy:
                 outcome.saved,
                 ", cut short" * outcome.cancelled,
             )
+
+    def _write_back(self, most: int) -> None:
+        """Write back idle pages. The budget pays for all that is written, what is moved on the store too."""
+        before = self._disk.bd_stat().writes
+        try:
+            outcome = self._disk.write_back(lambda pages: [Selection(WritebackType.IDLE, 0, pages - 1)], most)
+        finally:
+            self._budget.spend((self._disk.bd_stat().writes - before) * PAGE_SIZE)
+        log.info(
+            "%s: policy: %d pages written back, %d bytes of memory%s",
+            self._disk.name,
+            outcome.written,
+            outcome.bytes_written,
+            ", cut short" * outcome.cancelled,
+        )
 
     def _look(self) -> None:
         """Count pages."""
