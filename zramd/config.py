@@ -123,14 +123,13 @@ class Table:
 
 
 def _fail(path: Path, text: str, table: str, key: str | None, reason: str) -> NoReturn:
-    header = _name(table.removesuffix(".policy")) + table[len(table.removesuffix(".policy")) :]
-    where = " ".join([f"[{header}]"] * bool(table) + ([] if key is None else [_name(key)]))
+    where = " ".join([f"[{_name(table)}]"] * bool(table) + ([] if key is None else [_name(key)]))
     raise ConfigError(f"{path}:{_line(text, table, key)}: {where}: {reason}")
 
 
 def _name(key: str) -> str:
     """Return the name of a table or key, quoted if it could not stand in the file as it is."""
-    return key if re.fullmatch(r"[\w-]+", key) else repr(key)
+    return key if re.fullmatch(r"[\w-]+(\.policy)?", key) else repr(key)
 
 
 def _line(text: str, table: str, key: str | None) -> int:

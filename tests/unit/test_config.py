@@ -305,7 +305,7 @@ def test_a_limit_is_taken_up_to_its_bounds_and_not_beyond(path: Path, key: str) 
         ("[zram0]\ncompression-algorithm = true\n", ":2: [zram0] compression-algorithm:", ["True"]),
         ("[zram0]\ncompression-algorithm = 'lz4 (type=idle)'\n", ":2: [zram0] compression-algorithm:", ["recompress"]),
         ("[zram0]\n[zram0.policy]\nidle-after = 0\n", ":3: [zram0.policy] idle-after:", ["1 to"]),
-        ("[zram0]\n\n[zram0.policy]\nidle = 5\n", ":4: [zram0.policy] idle:", ["idle-after?"]),
+        ("[zram0]\n\n[zram0.policy]\nidle-afer = 5\n", ":4: [zram0.policy] idle-afer:", ["idle-after?"]),
         ("[zram0]\n[zram0.policy]\nmemory-high = '101%'\n", ":3: [zram0.policy] memory-high:", ["1% to 100%"]),
         (
             "[zram0]\n[zram0.policy]\nmemory-high = '5%'\nmemory-low = '6%'\n",
