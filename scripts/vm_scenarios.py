@@ -131,6 +131,13 @@ def _kernel_zram(scenario: Scenario) -> Scenario:
     )
 
 
+_FILES = Scenario(
+    "e",
+    "ext4, the server killed 3 times while files are written and synced",
+    "files",
+    {"KILLS": "3", "FILES": "24"},
+    BOTH,
+)
 _UNITS = Scenario(
     "f",
     "systemd's units: killed, upgraded by reload, and stopped while the machine swaps",
@@ -150,6 +157,7 @@ _UNITS = Scenario(
 
 SCENARIOS = (
     *_SWAPPING,
+    _FILES,
     _UNITS,
     *(_plain(scenario) for scenario in _SWAPPING),
     *(_kernel_zram(scenario) for scenario in _SWAPPING if scenario.name in {"b", "c"}),
