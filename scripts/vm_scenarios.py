@@ -144,7 +144,7 @@ _UNITS = Scenario(
     "units",
     {},
     BOTH,
-    limit=400,
+    limit=900,
     silence=120,
     systemd=True,
     files=(
