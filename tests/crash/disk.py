@@ -1,5 +1,6 @@
 """A disk whose server is killed again and again, and what must hold after each time."""
 
+import os
 import random
 import signal
 import threading
@@ -14,6 +15,7 @@ from tests.crash.servers import SECONDS, Server, Starter
 from tests.crash.steps import Phase, Step
 from tests.property.test_device import read, recount, write
 from tests.property.test_pool import check_invariants
+from zramd.backing.store import SEGMENT
 from zramd.device.codecs import codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.zram import Device
@@ -21,8 +23,11 @@ from zramd.layout import (
     ENTRY_HANDLE_MASK,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
+    ENTRY_STATE_MASK,
+    ENTRY_STATE_SHIFT,
     HANDLE_IN_USE,
     PAGE_SIZE,
+    PageState,
     PoolRecord,
 )
 from zramd.memory import RegionStore
@@ -31,6 +36,8 @@ from zramd.zsmalloc.pool import ClassState
 
 PAGES = 1024
 SIZE = PAGES * PAGE_SIZE
+SEGMENTS = 4
+"""Of the backing store, which is full at times."""
 TRAFFIC_SECONDS = 0.05
 """Before a disk is grown or reset."""
 
@@ -38,7 +45,8 @@ TRAFFIC_SECONDS = 0.05
 class KilledDisk:
     """A disk kept in `directory`, with two clients. It lives and is verified in turns.
 
-    `answered` counts the requests of both clients, `compacted` the pages that compaction has freed.
+    `answered` counts the requests of both clients, `compacted` the pages that compaction has freed, `written_back` the
+    blocks that went to the backing store.
     """
 
     def __init__(
@@ -47,11 +55,14 @@ class KilledDisk:
         self._directory = directory
         self._wanted = Wanted(SIZE, codec(algorithm), chain_size, integrity=integrity)
         self._state = directory / "state"
+        self._medium = directory / "medium"
+        self._medium.touch()
+        os.truncate(self._medium, SEGMENTS * SEGMENT)
         self._clients = [Client(seed, first, PAGES // 2) for first in (0, PAGES // 2)]
         self._sizes = [SIZE]
         self._asked = SIZE
         self._filler = random.Random(seed).randbytes(SIZE)
-        self.compacted = 0
+        self.compacted = self.written_back = 0
 
     @property
     def answered(self) -> int:
@@ -61,7 +72,7 @@ class KilledDisk:
         """Have a server killed that many seconds after it has answered so many requests."""
         server = self._start(starter)
         wanted = self.answered + requests
-        with _Traffic(self._clients, server):
+        with _Traffic(self._clients, server, self._medium):
             while self.answered < wanted and not server.has_died(PAUSE_SECONDS):
                 pass
             died = server.has_died(seconds)
@@ -72,7 +83,7 @@ class KilledDisk:
     def live_to(self, starter: Starter, step: Step, passing: int) -> None:
         """Have a server die when it passes a step for the n-th time."""
         server = self._start(starter, step, passing)
-        with _Traffic(self._clients, server):
+        with _Traffic(self._clients, server, self._medium):
             if step.phase is Phase.RESETTING:
                 server.has_died(TRAFFIC_SECONDS)
                 _ask(server, "reset force")
@@ -109,6 +120,7 @@ class KilledDisk:
                 client.check(disk)
             _check_counters(opened.device)
             _check_pool(opened.device)
+            self.written_back = max(self.written_back, opened.device.bd_stat().writes)
             self.compacted = max(self.compacted, opened.device.mm_stat().pages_compacted)
             return opened.recovered
         finally:
@@ -133,6 +145,8 @@ class KilledDisk:
                     stat.mem_used_total,
                     stat.same_pages,
                     stat.huge_pages,
+                    device.bd_stat().count,
+                    device.bd_stat().pages,
                 )
                 assert not any(left)
         finally:
@@ -154,7 +168,8 @@ def _check_pool(device: Device) -> None:
     pool = device.pool
     live = {}
     for _, entry in device.entries():
-        if length := entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK:
+        if entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK in (PageState.COMPRESSED, PageState.HUGE):
+            length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
             handle = entry & ENTRY_HANDLE_MASK
             live[handle] = bytes(pool.map(handle, length))
     check_invariants(pool, live)
@@ -193,12 +208,13 @@ def _require_killed(server: Server, *last_words: str) -> None:
 
 
 class _Traffic:
-    """What goes on while a server lives: its clients, compaction and recompression. It ends with the server."""
+    """What goes on while a server lives: its clients, and long work of all kinds. It ends with the server."""
 
-    def __init__(self, clients: list[Client], server: Server) -> None:
+    def __init__(self, clients: list[Client], server: Server, medium: Path) -> None:
         self._failures: list[BaseException] = []
         actions = [partial(client.run, server.unix, server.has_died) for client in clients]
         actions.append(partial(_compact_and_recompress, server))
+        actions.append(partial(_write_back, server, medium))
         self._threads = [threading.Thread(target=self._run, args=(action,)) for action in actions]
 
     def _run(self, action: Callable[[], None]) -> None:
@@ -224,6 +240,18 @@ def _compact_and_recompress(server: Server) -> None:
         for request in ("compact 1", "recompress max_pages=20"):
             _ask(server, request)
             time.sleep(PAUSE_SECONDS)
+
+
+def _write_back(server: Server, medium: Path) -> None:
+    generator = random.Random(server.pid)
+    while not server.has_died(PAUSE_SECONDS):
+        first = generator.randrange(PAGES)
+        request = f"writeback page_indexes={first}-{min(PAGES, first + generator.randrange(1, 300)) - 1}"
+        # It may be full, or be busy with something else; after a reset there is none.
+        with suppress(StatusError, OSError):
+            if ask(server.admin, "backing_dev") == "none\n":
+                ask(server.admin, f"backing_dev {medium}")
+            ask(server.admin, request)
 
 
 def _ask(server: Server, request: str) -> None:

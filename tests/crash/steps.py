@@ -302,6 +302,63 @@ ENLARGING = (
         phase=Phase.ENLARGING,
     ),
 )
+_STORE, _BACKING_DEV = "zramd.backing.store:Store", "zramd.device.backing_dev"
+WRITING_BACK = (
+    Step(
+        "backing-described",
+        "a superblock with the key of a store that no disk has yet",
+        f"{_BACKING_DEV}:make_store",
+        "_store_path(words, path)",
+        phase=Phase.GROWING,
+    ),
+    Step(
+        "backing-attached",
+        "a disk with an empty store",
+        f"{_BACKING_DEV}:make_store",
+        "words[Superblock.FEATURES] |= BACKED",
+        phase=Phase.GROWING,
+    ),
+    Step(
+        "nonces-reserved",
+        "numbers that nobody will use",
+        f"{_STORE}._next_nonce",
+        "self._kept[Kept.NONCES] =",
+    ),
+    Step(
+        "page-taken",
+        "a page that is said to be taken by nobody any more",
+        "zramd.device.writeback:Writeback._take",
+        "device.replace_entry(index, entry)",
+        most=200,
+    ),
+    Step(
+        "segment-written",
+        "objects in the store that no entry reaches",
+        f"{_STORE}.flush",
+        "self.medium.write(",
+        most=5,
+    ),
+    Step(
+        "page-written-back",
+        "a page in the store, and its object in memory, which no entry reaches any more",
+        f"{_DEVICE}.write_back",
+        "self._table.words[index] =",
+        most=200,
+    ),
+    Step(
+        "backed-moved",
+        "an object twice in the store, the entry leading to the new one",
+        f"{_DEVICE}.move_backed",
+        "self._table.words[index] =",
+    ),
+    Step(
+        "segment-given-back",
+        "a segment without live objects, which the medium has forgotten",
+        f"{_STORE}.give_back",
+        "self.medium.discard(",
+        most=2,
+    ),
+)
 RESETTING = (
     Step(
         "region-emptied",
@@ -320,4 +377,15 @@ RESETTING = (
         phase=Phase.RESETTING,
     ),
 )
-STEPS = (*WRITING, *TRIMMING, *COMPACTING, *RECOMPRESSING, *GROWING, *OPENING, *MAKING, *ENLARGING, *RESETTING)
+STEPS = (
+    *WRITING,
+    *TRIMMING,
+    *COMPACTING,
+    *RECOMPRESSING,
+    *WRITING_BACK,
+    *GROWING,
+    *OPENING,
+    *MAKING,
+    *ENLARGING,
+    *RESETTING,
+)

@@ -69,6 +69,7 @@ class OpenDevice:
         recovered: whether the device was found in kept regions.
         regions: all of them, open.
         on_disk: whether the regions lie on a disk.
+        backing_path: where pages are written back to, None if that is nowhere; the store may be missing.
         flush: writes them to it, and may raise OSError; None where they lie in memory.
     """
 
@@ -87,6 +88,7 @@ class OpenDevice:
         self.regions: list[Region] = []
         self._ahead: Ahead | None = None
         self._backing: Store | None = None
+        self.backing_path: Path | None = None
         self.on_disk = store.on_disk()
         self.flush = self._flush if self.on_disk else None
         try:
@@ -297,6 +299,7 @@ class OpenDevice:
     def _find_backing(self, wanted: Path | None) -> None:
         words, kept = self._superblock.words, load_path(self._superblock.words)
         path, pages = wanted or kept, self.device.bd_stat().pages
+        self.backing_path = path
         if path is None:
             return
         if kept:
@@ -309,12 +312,10 @@ class OpenDevice:
                 if pages:
                     log.warning("reads of %d pages that are written back fail until a start that finds it", pages)
                     return
-            forget_store(words)
-        if wanted:
-            try:
-                self._attach(make_store(words, wanted))
-            except OSError as error:
-                raise StateError(f"{wanted} cannot be the backing store: {error.strerror}") from error
+        try:
+            self.set_backing(wanted)
+        except OSError as error:
+            raise StateError(f"{wanted} cannot be the backing store: {error.strerror}") from error
 
     def _attach(self, backing: Store) -> None:
         try:
@@ -323,11 +324,6 @@ class OpenDevice:
             backing.close()
             raise
         self._backing = backing
-
-    @property
-    def backing_path(self) -> Path | None:
-        """Where pages are written back to, None if that is nowhere; the store may be missing."""
-        return load_path(self._superblock.words)
 
     def set_backing(self, path: Path | None) -> None:
         """Have another backing store, or none. No page is written back, and nobody is just doing that.
@@ -339,9 +335,11 @@ class OpenDevice:
             self.device.attach(None)
             self._backing.close()
             self._backing = None
+        self.backing_path = None
         forget_store(self._superblock.words)
         if path:
             self._attach(make_store(self._superblock.words, path))
+            self.backing_path = path
 
     def _flush(self) -> None:
         if self._backing:
