@@ -2,10 +2,12 @@
 
 import contextlib
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -175,7 +177,9 @@ class HostServer:
         self._protected = protected
         sockets = ["--tcp", f"127.0.0.1:{self.port}", "--status", str(directory / "zramd.status")]
         self._command = [sys.executable, "-m", "zramd", "serve", *(["--swap"] if protected else [])]
-        self._command += ["--size", "512M", "--state", str(directory / "state"), *sockets]
+        # In memory, as what is swapped to has to be.
+        self._state = Path(tempfile.mkdtemp(prefix="zramd-vm-", dir="/dev/shm"))
+        self._command += ["--size", "512M", "--state", str(self._state), *sockets]
         self._start()
 
     def _start(self) -> None:
@@ -211,6 +215,9 @@ class HostServer:
     def end(self) -> None:
         """End it, supervisor and all."""
         end_group(self._process)
+        # The server may have mounted a file system of its own there.
+        subprocess.run(["umount", self._state], stderr=subprocess.DEVNULL, check=False)
+        shutil.rmtree(self._state, ignore_errors=True)
 
 
 @contextlib.contextmanager
