@@ -1,7 +1,6 @@
 """Measure what each codec and level costs a page, and the memory that it saves, so that one can choose."""
 
 import random
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from report import limits, number, table, write_json
 
 from zramd.device.codecs import Codec, codec
 from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.trial import run_trial
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.native import choose, describe
@@ -23,8 +23,6 @@ LEVELS = {"lz4": (1, 2, 4, 8), "lz4hc": (3, 6, 9, 12), "zstd": (-5, -1, 1, 2, 3,
 CORPUS_SIZE = 256 * MIB
 MOST_TIMED = 2048
 """Pages: fewer than are stored, for the slowest levels, while the pool needs many to be like one in use."""
-READ = 128 << 10
-"""Bytes read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,28 +92,10 @@ def read_pages(files: Iterable[Path], count: int) -> Pages:
 
 def measure(cost: Cost, pages: Pages) -> None:
     """Compress and decompress the timed pages, as a device of the engine in use does."""
-    opened = OpenDevice(RegionStore(None), Wanted(len(pages.timed), cost.codec))
-    device = opened.device
-    try:
-        stream = device.stream(pages.timed)
-        started = time.thread_time()
-        prepared = stream.prepare(0, len(pages.timed), 0)
-        cost.compress.append(_microseconds(started, pages))
-        with device:
-            device.write(stream, 0, len(pages.timed), 0, prepared)
-        started = time.thread_time()
-        for offset in range(0, len(pages.timed), READ):
-            found: list[bytes | memoryview] = []
-            with device:
-                device.read(offset, min(READ, len(pages.timed) - offset), found)
-        cost.decompress.append(_microseconds(started, pages))
-        del stream
-    finally:
-        opened.close()
-
-
-def _microseconds(started: float, pages: Pages) -> float:
-    return (time.thread_time() - started) * 1e6 / (len(pages.timed) // PAGE_SIZE)
+    trial = run_trial(cost.codec, pages.timed)
+    if trial:
+        cost.compress.append(trial.compress)
+        cost.decompress.append(trial.decompress)
 
 
 def store(cost: Cost, pages: Pages, chain_sizes: Iterable[int]) -> None:

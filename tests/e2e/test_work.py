@@ -1,5 +1,6 @@
 """Verbs for long work on a real server: what they say, how they show progress, and that Ctrl-C ends the work there."""
 
+import json
 import os
 import pty
 import re
@@ -110,6 +111,54 @@ def test_who_takes_only_the_first_lines_of_block_state_sees_no_error(server: Ser
     command = f"{sys.executable} -m zramd block-state --admin {server.admin} | head -n 2"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)  # noqa: S602
     assert (done.stdout.count("\n"), done.stderr) == (2, "")
+
+
+def test_an_estimate_is_a_table_or_json(server: ServerProcess) -> None:
+    done = run(server, "estimate", "--samples", "20")
+    assert (done.returncode, done.stderr) == (0, "")
+    heading, *rows, last = done.stdout.splitlines()
+    assert heading.split() == [
+        "ALGORITHM",
+        "LEVEL",
+        "RATIO",
+        "COMPRESS",
+        "DECOMPRESS",
+        "MEMORY/4",
+        "MEMORY/8",
+        "MEMORY/16",
+    ]
+    assert rows[0].split()[:2] == ["lz4", "1"]
+    assert all(len(row.split()) == 8 for row in rows)
+    assert last.startswith(f"By 20 of {PAGES} pages that have an object in memory. Now they take ")
+    facts = json.loads(run(server, "estimate", "--samples", "20", "--json").stdout)
+    assert len(facts["rows"]) == len(rows)
+
+
+def test_a_dictionary_is_trained_written_and_installed(server: ServerProcess, tmp_path: Path) -> None:
+    path = tmp_path / "dictionary"
+    command = ["train", "--size", "8K", "--level", "3", "--priority", "3", "--output", str(path)]
+    done = run(server, *command, "--install")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["LEVEL", "RATIO", "MEMORY", "COMPRESS", "DECOMPRESS"]
+    assert sum("trained " in line for line in lines[1:]) == 4
+    assert 0 < path.stat().st_size <= 8 << 10
+    assert path.stat().st_mode & 0o777 == 0o600
+    if any(line.startswith("At level 3 the disk takes ") for line in lines):
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "#3: lz4 lz4hc [zstd]" in server.ask("recomp_algorithm")
+    else:
+        assert done.returncode == 1
+        assert "No gain: at level 3" in done.stdout
+        assert "#3" not in server.ask("recomp_algorithm")
+
+
+@pytest.mark.parametrize("verb", ["train", "estimate"])
+def test_ctrl_c_ends_a_trial_in_the_server(server: ServerProcess, verb: str) -> None:
+    terminal = Terminal(server, verb, *(["--samples", "8192"] if verb == "estimate" else []))
+    terminal.wait_for(rf"{verb}: [1-9]\d* of \d+")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == (130, "cancelled: nothing has changed\n")
+    assert server.ask("work") == ""
 
 
 def test_the_policy_explains_itself_and_is_switched(server: ServerProcess) -> None:

@@ -16,6 +16,8 @@ _VERBS = {
     "recompress": "zramd.cli.work:recompress",
     "writeback": "zramd.cli.work:writeback",
     "policy": "zramd.cli.policy:policy",
+    "estimate": "zramd.cli.trials:estimate",
+    "train": "zramd.cli.trials:train",
     "block-state": "zramd.cli.stat:block_state",
     "grow": "zramd.cli.control:grow",
     "reset": "zramd.cli.control:reset",

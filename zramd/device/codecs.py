@@ -106,15 +106,22 @@ def _lz4_decompressor(dictionary: bytes) -> Decompress:
     return decompress_page
 
 
-def _zstd_compressor(source: bytearray, level: int, dictionary: zstandard.ZstdCompressionDict | None) -> Compress:
+def _zstd_parameters(level: int, dictionary: bytes) -> zstandard.ZstdCompressionParameters:
     # As the kernel: parameters for a source of one page, content size in the frame, no checksum.
-    parameters = zstandard.ZstdCompressionParameters.from_level(
+    return zstandard.ZstdCompressionParameters.from_level(
         level,
         source_size=PAGE_SIZE,
-        dict_size=0 if dictionary is None else len(dictionary),
+        dict_size=len(dictionary),
         write_content_size=True,
         write_checksum=False,
     )
+
+
+def _zstd_compressor(
+    source: bytearray,
+    parameters: zstandard.ZstdCompressionParameters,
+    dictionary: zstandard.ZstdCompressionDict | None,
+) -> Compress:
     compress = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress
     view = memoryview(source)
     return lambda offset: compress(view[offset : offset + PAGE_SIZE])
@@ -195,12 +202,19 @@ def _lz4hc(level: int, dictionary: bytes) -> Codec:
 def _zstd(level: int, dictionary: bytes) -> Codec:
     if not -131072 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
         raise ValueError(f"zstd has levels -131072 to {zstandard.MAX_COMPRESSION_LEVEL}, not {level}")
+    parameters = _zstd_parameters(level, dictionary)
     data = zstandard.ZstdCompressionDict(dictionary) if dictionary else None
+    if data:
+        try:
+            # Once; or it would be digested anew for each page.
+            data.precompute_compress(compression_params=parameters)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"the dictionary is damaged: {error}") from error
     return Codec(
         "zstd",
         level,
         dictionary,
-        lambda source: _zstd_compressor(source, level, data),
+        lambda source: _zstd_compressor(source, parameters, data),
         lambda: _zstd_decompressor(data),
     )
 

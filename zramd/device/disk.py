@@ -211,6 +211,17 @@ class Disk:
             else:
                 self._parameters[priority] = parameters
 
+    def use_codec(self, chosen: Codec, priority: int) -> None:
+        """Let a priority have a codec from now on. Pages that are stored keep theirs.
+
+        Raises:
+            UninitialisedError: there are no pages.
+            BusyError: pages are stored with two earlier ones.
+            NoMemoryError, OSError: there is no room for its dictionary.
+        """
+        with self._control:
+            self._use(priority, chosen)
+
     def _use(self, priority: int, chosen: Codec) -> None:
         try:
             self.require_opened().set_algorithm(priority, chosen)
@@ -265,7 +276,12 @@ class Disk:
                 self.opened.device.reset_mem_used_max()
 
     @contextmanager
-    def _work(self, kind: WorkKind) -> Iterator[Work]:
+    def work(self, kind: WorkKind) -> Iterator[Work]:
+        """Have work under way for as long as the context lasts.
+
+        Raises:
+            BusyError: there is other work that excludes it.
+        """
         try:
             with self.works.begin(kind) as work:
                 yield work
@@ -291,7 +307,7 @@ class Disk:
             UninitialisedError: there are no pages.
         """
         device = self.require_opened().device
-        with self._work(WorkKind.IDLE) as work:
+        with self.work(WorkKind.IDLE) as work:
             in_slices(device, mark_idle(device, None if seconds is None else uptime() - seconds, work))
             return work.changed
 
@@ -303,7 +319,7 @@ class Disk:
         """
         device = self.require_opened().device
         found = Survey()
-        with self._work(WorkKind.SURVEY) as work:
+        with self.work(WorkKind.SURVEY) as work:
             started = time.thread_time()
             in_slices(device, take_survey(device, ages, threshold, uptime(), found, work))
             found.seconds = time.thread_time() - started
@@ -325,7 +341,7 @@ class Disk:
         secondary = device.identity.algorithms.secondary
         if order.priority not in (None, *secondary) or not secondary:
             raise ValueError("there is no such algorithm to recompress with: set recomp_algorithm")
-        with self._work(WorkKind.RECOMPRESS) as work:
+        with self.work(WorkKind.RECOMPRESS) as work:
             return Recompressor(device, order, work).run()
 
     def bd_stat(self) -> BdStat:
@@ -348,7 +364,7 @@ class Disk:
             BusyError: pages are written back, or just being so.
             OSError: the path cannot be one; NotBlockError: since it is neither.
         """
-        with self._control, self._work(WorkKind.WRITEBACK):
+        with self._control, self.work(WorkKind.WRITEBACK):
             if pages := self.bd_stat().pages:
                 raise BusyError(f"{pages} pages are written back to {self.backing_path}")
             if path and path != self.backing_path:
@@ -384,7 +400,7 @@ class Disk:
             ValueError, PageError: as `select`; a page is damaged.
         """
         device = self.require_opened().device
-        with self._work(WorkKind.WRITEBACK) as work:
+        with self.work(WorkKind.WRITEBACK) as work:
             if device.backing is None:
                 where = self.backing_path
                 reason = f"the backing store {where} is missing" if where else "set backing_dev first"

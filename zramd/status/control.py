@@ -17,7 +17,7 @@ from zramd.device.work import WorkKind
 from zramd.layout import PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
 from zramd.sizes import memparse
-from zramd.status import writeback
+from zramd.status import trials, writeback
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
 
 FORCE = "force"
@@ -184,6 +184,8 @@ _WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "writeback_batch_size": writeback.set_batch_size,
     "compressed_writeback": writeback.set_compressed,
     "grow": lambda disk, value: disk.grow(memparse(value)),
+    "estimate": trials.run_estimate,
+    "train": trials.run_training,
     "cancel": _cancel,
     "reset": _reset,
 }
