@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zramd.device.algorithms import codec_number
+from zramd.device.slices import pause
 from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
@@ -37,6 +38,7 @@ def block_state(device: "Device") -> Iterator[str]:
             for offset, entry in enumerate(entries)
             if entry
         )
+        pause()
 
 
 def _flags(entry: int) -> str:
