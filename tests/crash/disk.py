@@ -16,7 +16,7 @@ from tests.crash.steps import Phase, Step
 from tests.property.test_device import read, recount, write
 from tests.property.test_pool import check_invariants
 from zramd.backing.store import SEGMENT
-from zramd.device.codecs import codec
+from zramd.device.codecs import parse_codec
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
@@ -53,7 +53,8 @@ class KilledDisk:
         self, directory: Path, seed: int, algorithm: str = "lz4", chain_size: int = 8, *, integrity: bool = False
     ) -> None:
         self._directory = directory
-        self._wanted = Wanted(SIZE, codec(algorithm), chain_size, integrity=integrity)
+        self._algorithm = algorithm
+        self._wanted = Wanted(SIZE, parse_codec(algorithm), chain_size, integrity=integrity)
         self._state = directory / "state"
         self._medium = directory / "medium"
         self._medium.touch()
@@ -102,8 +103,7 @@ class KilledDisk:
             self._sizes.insert(0, SIZE)
 
     def _start(self, starter: Starter, step: Step | None = None, passing: int = 0) -> Server:
-        assert self._wanted.codec is not None
-        made_with = ["--algorithm", self._wanted.codec.name, "--chain-size", str(self._wanted.chain_size)]
+        made_with = ["--algorithm", self._algorithm, "--chain-size", str(self._wanted.chain_size)]
         if self._wanted.integrity:
             made_with.append("--integrity")
         kept = ["--state", str(self._state), "--size", str(SIZE)]
