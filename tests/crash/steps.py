@@ -174,7 +174,7 @@ RECOMPRESSING = (
         "a page with its smaller object, and the one that it had, which no entry reaches any more",
         f"{_DEVICE}.restore",
         "self._table.words[index] =",
-        most=20,
+        most=4,
     ),
 )
 GROWING = (
