@@ -16,12 +16,15 @@ from zramd.policy.budget import Budget
 from zramd.policy.decision import Action, Decision, Situation, ages, decide, pause
 from zramd.policy.pressure import Pressure, read_pressure
 from zramd.policy.rules import Mode, Rules
+from zramd.sizes import format_size
 
 WAKE_SECONDS = 5.0
 RATE_SECONDS = 1.0
 """Least time over which requests a second are counted."""
 
 log = logging.getLogger(__name__)
+# Who has a policy is told what it does.
+log.setLevel(logging.INFO)
 
 
 class Policy:
@@ -45,6 +48,7 @@ class Policy:
         self._worker: threading.Thread | None = None
         self._doing: Decision | None = None
         self._last: Decision | None = None
+        self._logged = Action.NOTHING
 
     def switch(self, mode: Mode) -> None:
         """Let the policy act, say what it would do, or do neither, from now on."""
@@ -94,8 +98,7 @@ class Policy:
         """
         decision = decide(self.rules, self._situation())
         self._pressing = decision.pressing
-        if self._last is None or self._last.action is not decision.action:
-            log.info("%s: policy%s: %s", self._disk.name, self._mark(), _join(decision))
+        self._log(decision)
         self._last = decision
         if self._doing is not None:
             if decision.action is not self._doing.action:
@@ -106,8 +109,13 @@ class Policy:
             self._begin(decision)
         return decision
 
-    def _mark(self) -> str:
-        return " (dry run)" if self.rules.mode is Mode.DRY_RUN else ""
+    def _log(self, decision: Decision) -> None:
+        """Log what is to change pages, once for as long as it is the same."""
+        if decision.action in (Action.RECOMPRESS, Action.WRITE_BACK) and decision.action is not self._logged:
+            mark = " (dry run)" if self.rules.mode is Mode.DRY_RUN else ""
+            log.info("%s: policy%s: %s", self._disk.name, mark, " ".join((f"{decision.action}.", *decision.reasons)))
+        if decision.action is not Action.SURVEY:
+            self._logged = decision.action
 
     def _situation(self, *, fresh: bool = False) -> Situation:
         """Return what there is to see. `fresh`: count on the last survey being new, and on nothing being under way."""
@@ -177,6 +185,7 @@ class Policy:
             self._disk.mark_idle(decision.idle_seconds)
         if decision.action is Action.WRITE_BACK:
             self._write_back(decision.max_pages)
+            self._compact()
         if decision.order is not None:
             outcome = self._disk.recompress(decision.order)
             log.info(
@@ -187,6 +196,15 @@ class Policy:
                 outcome.saved,
                 ", cut short" * outcome.cancelled,
             )
+            if outcome.recompressed and not outcome.cancelled:
+                self._compact()
+
+    def _compact(self) -> None:
+        """Give back the memory between objects: what became smaller, or is gone, has left gaps."""
+        before = self._disk.mm_stat().pages_compacted
+        self._disk.compact()
+        pages = self._disk.mm_stat().pages_compacted - before
+        log.info("%s: policy: %s of memory given back by compaction", self._disk.name, format_size(pages * PAGE_SIZE))
 
     def _write_back(self, most: int) -> None:
         """Write back idle pages. The budget pays for all that is written, what is moved on the store too."""
@@ -209,10 +227,6 @@ class Policy:
         survey = self._disk.survey(ages(self.rules), threshold)
         if survey is not None:
             self._survey, self._survey_seconds, self._surveyed = survey, survey.seconds, time.monotonic()
-
-
-def _join(decision: Decision) -> str:
-    return " ".join((f"{decision.action}.", *decision.reasons))
 
 
 def _tell(mode: Mode, decision: Decision) -> str:
