@@ -28,6 +28,7 @@ NO_ENGINE = {
     "test_attaching",
     "test_bench",
     "test_classes",
+    "test_cli",
     "test_client",
     "test_codecs",
     "test_compaction",
@@ -45,10 +46,14 @@ NO_ENGINE = {
     "test_noswap",
     "test_notify",
     "test_options",
+    "test_policy",
+    "test_policy_loop",
     "test_pool",
     "test_reclaim",
     "test_sizes",
+    "test_starting",
     "test_swaps",
+    "test_two_servers",
     "test_units",
 }
 """Modules for which it is all the same which engine runs the hot path, or which run both."""
