@@ -70,6 +70,7 @@ WRITING = (
         f"{_DEVICE}._note_use",
         "highest = words[Superblock.MEM_USED_MAX] =",
         most=20,
+        phase=Phase.GROWING,
         compiled=True,
     ),
     Step(
@@ -174,7 +175,7 @@ RECOMPRESSING = (
         "a page with its smaller object, and the one that it had, which no entry reaches any more",
         f"{_DEVICE}.restore",
         "self._table.words[index] =",
-        most=4,
+        most=2,
     ),
 )
 GROWING = (

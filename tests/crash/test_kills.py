@@ -14,9 +14,9 @@ from tests.crash.steps import STEPS, Phase, Step
 from zramd import native
 from zramd.native import Engine, choose
 
-RANDOM_KILLS = 80
+RANDOM_KILLS = 60
 KILLS_AS_BY_A_USER = 10
-KILLS_AT_A_STEP = 4
+KILLS_AT_A_STEP = 3
 NATIVE = Path(native.__file__).parent
 
 
