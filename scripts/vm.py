@@ -25,7 +25,7 @@ def run_scenario(scenario: Scenario, version: str, interrupt: Interrupt, echo: b
     """
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
         directory = Path(name)
-        with server_for(scenario, directory) as server:
+        with server_for(scenario) as server:
             port = {"PORT": str(server.port)} if server else {}
             guest = replace(scenario.guest(version, directory / "settings", **port), echo=echo)
             return run_guest(guest, LOGS / f"{guest.name}.log", interrupt, server.hear if server else None)
@@ -43,6 +43,8 @@ def row(scenario: Scenario, version: str, outcome: Outcome) -> str:
         verdict, text = ("frozen" if outcome.is_frozen else "ended"), outcome.end
     else:
         verdict, text = outcome.verdict or "none", outcome.text
+    if outcome.longest:
+        text += f", longest wait {outcome.longest:.1f} s"
     if scenario.expected is Expected.DANGER and is_as_expected(scenario, outcome):
         text += " (shows the danger)"
     mark = " " if is_as_expected(scenario, outcome) else "!"

@@ -20,6 +20,7 @@ from vm_image import debian_disk, initramfs, kernel, make_payload
 
 PANIC = re.compile(rb"Kernel panic - not syncing: (.*)")
 EXIT = re.compile(rb"^EXIT (\d+)$")
+HOG = re.compile(rb"^hog: .* longest wait ([\d.]+) s$")
 VERDICT = re.compile(rb"^VERDICT (pass|fail) (.*)$")
 WATCH = b"watch: "
 """Lines that begin so say how the machine is, not that anything got done."""
@@ -66,6 +67,7 @@ class Outcome:
         end: why it ended, "" if it switched itself off.
         is_frozen: whether that was because nothing happened any more.
         status: of the script, None if it did not end.
+        longest: seconds that hog waited for a page.
     """
 
     verdict: str = ""
@@ -73,6 +75,7 @@ class Outcome:
     end: str = ""
     is_frozen: bool = False
     status: int | None = None
+    longest: float = 0
     seconds: float = 0
     log: Path = Path()
 
@@ -203,6 +206,8 @@ def run_guest(guest: Guest, log: Path, interrupt: Interrupt, on_line: Callable[[
                     heard = machine.seconds
                 if found := VERDICT.match(line):
                     outcome.verdict, outcome.text = (part.decode(errors="replace") for part in found.groups())
+                elif found := HOG.match(line):
+                    outcome.longest = float(found[1])
                 elif found := EXIT.match(line):
                     outcome.status = int(found[1])
                 elif found := PANIC.search(line):

@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +14,13 @@ from enum import Enum
 from pathlib import Path
 
 from harness import StepError, end_group
+from measuring import SHARED_MEMORY
 from vm_image import GUEST, KERNELS, ROOT
 from vm_machine import Guest
 
 READY_SECONDS = 20.0
+DISK = 512
+"""MiB, of every disk."""
 DOWN_SECONDS = 3.0
 """How long a killed server on the host stays away."""
 
@@ -68,11 +70,11 @@ def _swapping(server: str, hog: str, limit: str = "", kills: int = 0, protected:
     return {
         "SERVER": server,
         "PROTECTED": "yes" if protected else "no",
-        "DISK": "512",
+        "DISK": str(DISK),
         "HOG": hog,
         "LIMIT": limit,
         "KILLS": str(kills),
-        "EVERY": "80",
+        "EVERY": "50",
     }
 
 
@@ -80,17 +82,17 @@ RUN_SCRIPT = "systemd.run=/guest/script systemd.run_success_action=none systemd.
 """On the kernel's command line: systemd, once it is up, starts the script."""
 
 BOTH = tuple(KERNELS)
-SMALL, LARGE = "128 3 1", "330 2 1"
-"""Hogs: for a cgroup of 64 MiB, and for the 420 MiB of a whole machine."""
+SMALL, LARGE = "96 2 1", "330 2 1"
+"""Hogs: for a cgroup of 48 MiB, and for the 420 MiB of a whole machine."""
 _SWAPPING = (
     Scenario(
         "a",
         "server on the host, killed 3 times, hog in a cgroup",
         "swapping",
-        _swapping("host", SMALL, "64M", 3),
+        _swapping("host", SMALL, "48M", 3),
         limit=300,
     ),
-    Scenario("b", "server in the guest, hog in a cgroup", "swapping", _swapping("guest", SMALL, "64M")),
+    Scenario("b", "server in the guest, hog in a cgroup", "swapping", _swapping("guest", SMALL, "48M")),
     Scenario(
         "c",
         "server in the guest, memory of the whole machine exhausted",
@@ -107,7 +109,7 @@ _SWAPPING = (
         BOTH,
         420,
     ),
-    Scenario("d", "as b, the server killed 3 times", "swapping", _swapping("guest", SMALL, "64M", 3), BOTH),
+    Scenario("d", "as b, the server killed 3 times", "swapping", _swapping("guest", SMALL, "48M", 3), BOTH),
 )
 
 
@@ -167,19 +169,20 @@ SCENARIOS = (
 
 
 class HostServer:
-    """zramd on the host, for a guest that comes through its gateway; it keeps its contents when it is killed."""
+    """zramd on the host, for a guest that comes through its gateway; it keeps its contents when it is killed.
 
-    def __init__(self, directory: Path, protected: bool) -> None:
+    The directory has to lie in memory.
+    """
+
+    def __init__(self, directory: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._log = directory / "zramd.log"
-        self._protected = protected
-        sockets = ["--tcp", f"127.0.0.1:{self.port}", "--status", str(directory / "zramd.status")]
-        self._command = [sys.executable, "-m", "zramd", "serve", *(["--swap"] if protected else [])]
-        # In memory, as what is swapped to has to be.
-        self._state = Path(tempfile.mkdtemp(prefix="zramd-vm-", dir="/dev/shm"))
-        self._command += ["--size", "512M", "--state", str(self._state), *sockets]
+        # Nothing on the host waits for it, so it needs no protection there.
+        self._command = [sys.executable, "-m", "zramd", "serve", "--size", f"{DISK}M"]
+        self._command += ["--state", str(directory / "state"), "--status", str(directory / "zramd.status")]
+        self._command += ["--tcp", f"127.0.0.1:{self.port}"]
         self._start()
 
     def _start(self) -> None:
@@ -197,11 +200,7 @@ class HostServer:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Kill it with -9; without a supervisor, start it again after a while."""
-        if self._protected:
-            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-            subprocess.run(["kill", "-9", *children[:1]], check=False)
-            return
+        """Kill it with -9, and start it again after a while."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
         time.sleep(DOWN_SECONDS)
@@ -213,21 +212,19 @@ class HostServer:
             self.kill()
 
     def end(self) -> None:
-        """End it, supervisor and all."""
+        """End it."""
         end_group(self._process)
-        # The server may have mounted a file system of its own there.
-        subprocess.run(["umount", self._state], stderr=subprocess.DEVNULL, check=False)
-        shutil.rmtree(self._state, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def server_for(scenario: Scenario, directory: Path) -> Iterator[HostServer | None]:
+def server_for(scenario: Scenario) -> Iterator[HostServer | None]:
     """Run zramd on the host while the scenario needs it."""
     if scenario.settings.get("SERVER") != "host":
         yield None
         return
-    server = HostServer(directory, scenario.settings["PROTECTED"] == "yes")
-    try:
-        yield server
-    finally:
-        server.end()
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-", dir=SHARED_MEMORY) as directory:
+        server = HostServer(Path(directory))
+        try:
+            yield server
+        finally:
+            server.end()
