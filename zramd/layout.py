@@ -68,6 +68,18 @@ Private memory, which both engines work on, is zeroed at start and rebuilt from 
       objects: its record has the sum of all, and the head of the list.
 
     records of words:  `ArenaRecord`, `ClassRecord`, `PoolRecord` and `DeviceRecord`
+
+    snapshot, while one is read: what pages that have changed since were. `copied` has a word for each page, 0 if the
+    page has not changed:
+
+     63  62   61 60                     40 39                              0
+    +---+-------+-------------------------+--------------------------------+
+    | 1 |   0   | as in the entry, but of |   where its copy starts in the |
+    |   |       | a pattern the size is 8 |   store, in words, 0 is none;  |
+    |   |       |                         |   written back: where it lies  |
+    +---+-------+-------------------------+--------------------------------+
+
+    store: the checksum of an object (0 without INTEGRITY, and of a pattern), then its bytes, filled up to a word
 """
 
 from enum import IntEnum
@@ -110,6 +122,10 @@ ENTRY_ALTERNATE = 1 << 60
 ENTRY_TAKEN = 1 << 61
 ENTRY_RESERVED_MASK = 0x3 << 62
 ENTRY_HAS_ELEMENT = 1
+ENTRY_LASTING_MASK = (1 << 61) - 1 & ~ENTRY_HANDLE_MASK
+"""What of an entry says the same on any device."""
+COPIED = 1 << 63
+"""In a snapshot's word for a page."""
 
 HANDLE_IN_USE = 1
 HANDLE_INDEX_SHIFT = 1
@@ -226,7 +242,10 @@ class DeviceRecord(IntEnum):
     GENERATION = 5  # how often a codec was changed: what was compressed before must be so anew
     BACKED_PAGES = 6  # pages that are written back
     CODEC_PAGES = 7  # a word for each codec: the compressed pages that it has, in memory or written back
-    END = CODEC_PAGES + CODECS
+    SNAPSHOT_FROM = CODEC_PAGES + CODECS  # the first page that is still to be read; `NOBODY`: there is no snapshot
+    SNAPSHOT_USED = SNAPSHOT_FROM + 1  # words of the store, the first of which is never used
+    SNAPSHOT_READY = SNAPSHOT_USED + 1  # words of the store that may be touched
+    END = SNAPSHOT_READY + 1
 
 
 INTEGRITY = 1
@@ -241,6 +260,8 @@ SEGMENT_UNITS_SHIFT = SEGMENT_SHIFT - BACKING_UNIT_SHIFT
 OBJECT_OVERHEAD = 40
 """Bytes of an object in a backing store beside its data."""
 MAGIC = int.from_bytes(b"zramd\x00SB", "little")
+UNFINISHED = int.from_bytes(b"zramd\x00S?", "little")
+"""In place of the magic: the device is being filled. It is nothing if that is cut short."""
 VERSION = 1
 CODEC_WORDS = 6
 CODEC_NAME_WORDS = 2

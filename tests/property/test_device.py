@@ -132,13 +132,14 @@ DICTIONARY = bytes(make_data("text", 99, 4096))
 
 class DeviceMachine(RuleBasedStateMachine):
     algorithm = "lz4"
+    segments = SEGMENTS
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = TemporaryDirectory(dir="/dev/shm")
         self.medium = Path(self.directory.name) / "medium"
         self.medium.touch()
-        os.truncate(self.medium, SEGMENTS * SEGMENT)
+        os.truncate(self.medium, self.segments * SEGMENT)
         self.expected = bytearray(SIZE)
         self.notify_free = 0
         self.peak = 0

@@ -37,7 +37,8 @@ class Words:
 
     def set(self, *assignments: str) -> None:
         for assignment in assignments:
-            control.write(self._served, *assignment.split("=", 1))
+            name, _, value = assignment.partition("=")
+            control.write(self._served, name, value)
 
     def refuses(self, assignment: str, error: str) -> None:
         with pytest.raises(AttributeRefusedError, match=rf"^{error} ."):

@@ -20,6 +20,8 @@ _VERBS = {
     "train": "zramd.cli.trials:train",
     "block-state": "zramd.cli.stat:block_state",
     "grow": "zramd.cli.control:grow",
+    "save": "zramd.cli.image:save",
+    "restore": "zramd.cli.image:restore",
     "reset": "zramd.cli.control:reset",
     "stop": "zramd.cli.control:stop",
     "attach": "zramd.cli.attach:attach",

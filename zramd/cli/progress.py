@@ -23,8 +23,9 @@ class _Asking(threading.Thread):
     join() would not do: when Ctrl-C cuts it short, Python takes the thread to have ended.
     """
 
-    def __init__(self, path: Path, request: str) -> None:
+    def __init__(self, path: Path, request: str, descriptor: int | None) -> None:
         super().__init__(name="asking", daemon=True)
+        self._descriptor = descriptor
         self._path = path
         self._request = request
         self.ended = threading.Event()
@@ -34,20 +35,22 @@ class _Asking(threading.Thread):
     def run(self) -> None:
         """Ask."""
         try:
-            self.answer = ask(self._path, self._request, None)
+            self.answer = ask(self._path, self._request, None, self._descriptor)
         except StatusError as error:
             self.error = error
         finally:
             self.ended.set()
 
 
-def do_work(path: Path, request: str, kind: str) -> str:
+def do_work(path: Path, request: str, kind: str, descriptor: int | None = None) -> str:
     """Let a server do work of a kind. Return what it says of it; after Ctrl-C, end the command with that.
+
+    It gets the `descriptor` that the work is on.
 
     Raises:
         click.ClickException: it refuses.
     """
-    asking = _Asking(path, request)
+    asking = _Asking(path, request, descriptor)
     interrupted = False
     shown = sys.stderr.isatty()
     asking.start()

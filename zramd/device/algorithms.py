@@ -63,6 +63,10 @@ class Algorithms:
         """Return the codec that a priority has now."""
         return self.codecs[self.number(priority)]
 
+    def copy(self) -> "Algorithms":
+        """Return them as they are now."""
+        return Algorithms(self.codecs, self.alternates)
+
     @property
     def primary(self) -> Codec:
         """The codec of what is written."""

@@ -99,10 +99,10 @@ class _Mover:
 
 
 def reclaim(device: Device, backing: Store) -> None:
-    """Give segments without live objects back, so that they can be used again."""
+    """Give segments without live objects back, so that they can be used again; not while a snapshot may have them."""
     while True:
         with device:
-            emptied = [] if device.retired else backing.take_emptied()
+            emptied = [] if device.retired or device.has_snapshot else backing.take_emptied()
         if not emptied:
             return
         backing.give_back(emptied)

@@ -13,12 +13,17 @@ from pathlib import Path
 from zramd.backing import FullError
 from zramd.device.algorithms import PRIMARY
 from zramd.device.backing_dev import check_medium
-from zramd.device.codecs import NAMES, Codec, Parameters, codec
+from zramd.device.codecs import NAMES, Codec, CodecError, Parameters, codec
 from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, WritebackSettings
+from zramd.device.fetching import PageError
 from zramd.device.idle import mark_idle
+from zramd.device.image import Counts, Header, take_header
 from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
 from zramd.device.recompression import Outcome, Recompression, Recompressor
+from zramd.device.restoring import Source, fill, identity_for
+from zramd.device.saving import save
 from zramd.device.slices import in_slices
+from zramd.device.snapshot import SnapshotLostError
 from zramd.device.survey import Survey, take_survey
 from zramd.device.work import Work, WorkKind, Works, WorkUnderWayError
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome
@@ -365,6 +370,8 @@ class Disk:
             OSError: the path cannot be one; NotBlockError: since it is neither.
         """
         with self._control, self.work(WorkKind.WRITEBACK):
+            if any(work.kind is WorkKind.SAVE for work in self.works.under_way()):
+                raise BusyError(f"{self.name} is being saved, perhaps with pages that are written back")
             if pages := self.bd_stat().pages:
                 raise BusyError(f"{pages} pages are written back to {self.backing_path}")
             if path and path != self.backing_path:
@@ -411,6 +418,73 @@ class Disk:
                 raise OSError(errno.ENOSPC, str(error)) from error
             except LimitError as error:
                 raise OSError(errno.EIO, str(error)) from error
+
+    def save(self, target: int, is_cancelled: Callable[[], bool] = lambda: False) -> Counts:
+        """Write the disk as it is now to a descriptor, which stays open. Clients go on meanwhile.
+
+        Raises:
+            UninitialisedError: there is nothing to save.
+            BusyError: a save is under way; or the disk goes away, or is written to faster than it can be saved.
+            NoMemoryError: there is no room to do it in.
+            PageError: a page is damaged.
+            OSError: the target failed; ECANCELED.
+        """
+        device = self.require_opened().device
+        with self.work(WorkKind.SAVE) as work:
+            try:
+                return save(device, target, work, is_cancelled)
+            except SnapshotLostError as error:
+                raise BusyError(str(error)) from error
+            except CodecError as error:
+                raise PageError(str(error)) from error
+
+    def restore(self, fd: int, disksize: int = 0, is_cancelled: Callable[[], bool] = lambda: False) -> Header:
+        """Make the disk what an image is, which is read from a descriptor. It has no contents yet, and no client.
+
+        It gets `disksize` bytes, or (0) the larger of its own size and the saved one. Algorithms and chain size are
+        those that were saved. If it fails once pages were read, the disk is uninitialised; cut short, too.
+
+        Raises:
+            BusyError: the disk holds something, or a client is connected.
+            ImageError: the image is damaged, or cannot be used for this disk.
+            RegionError, NoMemoryError, StateError: as OpenDevice.
+            OSError: it cannot be read, or is too large for the memory limit; ECANCELED.
+        """
+        with self._control, self.work(WorkKind.RESTORE) as work:
+            before = self._require_empty()
+            source = Source(fd, lambda: work.cancelled or is_cancelled())
+            header = take_header(source.take)
+            if self._chain_size not in (None, header.chain_size):
+                raise ValueError(f"it was saved with chain size {header.chain_size}: serve the disk with that")
+            identity = identity_for(header, disksize or max(before, header.disksize))
+            mem_limit, backing, writeback = self.mm_stat().mem_limit, self.backing_path, self.writeback
+            self._disconnect(force=False)
+            try:
+                # Somebody may have written to it before the door was shut.
+                self._require_empty()
+                opened, self.opened = self.opened, None
+                if opened:
+                    opened.destroy()
+                opened = self._open_device(Wanted(filled=identity, backing=backing))
+                try:
+                    fill(opened.device, header, source, mem_limit, work)
+                    opened.device.set_mem_limit(mem_limit)
+                    with opened.device:
+                        opened.device.writeback = writeback
+                    opened.finish(before)
+                except BaseException:
+                    opened.destroy()
+                    raise
+                self.opened = opened
+            finally:
+                self._resetting = False
+            return header
+
+    def _require_empty(self) -> int:
+        """Check that nothing would be lost by a restore. Return the size, 0 if the disk is uninitialised."""
+        if self.opened and self.mm_stat().orig_data_size:
+            raise BusyError(f"{self.name} holds data: reset it first")
+        return self.disksize
 
     def grow(self, disksize: int) -> None:
         """Make the disk larger: `disksize` bytes, rounded up to pages.

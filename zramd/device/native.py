@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, cast
 from zramd.backing import Store
 from zramd.device.codecs import Codec, CodecError
 from zramd.device.fetching import PageError
+from zramd.device.snapshot import CHUNK_PAGES, Copies
 from zramd.device.stream import Prepared, Stream
 from zramd.device.superblock import Identity
 from zramd.device.zram import ZERO_PAGE, Device, Tables
+from zramd.layout import WORD
 from zramd.memory import Region
 from zramd.zsmalloc import Pool
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 class NativeDevice(Device):
     """A device whose hot path is compiled. `engine` is the extension."""
+
+    snapshot_step = CHUNK_PAGES
 
     def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
         super().__init__(identity, superblock, tables, pool)
@@ -59,3 +63,21 @@ class NativeDevice(Device):
     def discard(self, offset: int, length: int) -> None:
         """Free the whole pages in a range; they read as zeros. The caller holds the lock."""
         self._native.discard_range(offset, length)
+
+    def begin_snapshot(self, copies: Copies) -> None:
+        """Copy pages there before they change, from SNAPSHOT_FROM on. The caller holds the lock."""
+        self._native.begin_snapshot(copies.covered, copies.copied, copies.store)
+
+    def end_snapshot(self) -> None:
+        """Let go of the copies. The caller holds the lock, and has set SNAPSHOT_FROM to `NOBODY`."""
+        self._native.end_snapshot()
+
+    def preserve(self, first: int, end: int) -> None:
+        """Copy pages aside that are about to change and are still to be read. The caller holds the lock."""
+        self._native.preserve_pages(first, end)
+
+    def read_snapshot(self, first: int, end: int) -> tuple[list[int], bytes]:
+        """Return what pages were when the snapshot was taken: see `Copies.read`."""
+        entries = memoryview(bytearray((end - first) * WORD)).cast("Q")
+        data = self._native.read_snapshot(first, end, entries)
+        return entries.tolist(), data

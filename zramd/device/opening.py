@@ -22,7 +22,7 @@ from zramd.device.superblock import (
     store_identity,
 )
 from zramd.device.zram import Device, Tables
-from zramd.layout import ACCESSED_BYTES, CODECS, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, WORD, Superblock
+from zramd.layout import ACCESSED_BYTES, CODECS, MAGIC, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, UNFINISHED, WORD, Superblock
 from zramd.memory import NoMemoryError, Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose
 from zramd.zsmalloc import FitRule, Pool, geometry
@@ -46,7 +46,8 @@ class Wanted:
     """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
 
     `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made. `backing` is
-    where pages are written back to, or where the store is now that the device has.
+    where pages are written back to, or where the store is now that the device has. A device that is to be as `filled`
+    says is made, and counts for nothing until it is `finish`ed.
     """
 
     disksize: int | None = None
@@ -56,6 +57,7 @@ class Wanted:
     secondary: dict[int, Codec] = field(default_factory=dict)
     integrity: bool = False
     backing: Path | None = None
+    filled: Identity | None = None
 
 
 class CodecInUseError(Exception):
@@ -95,7 +97,7 @@ class OpenDevice:
             identity = self._find(wanted)
             self.recovered = identity is not None
             if identity is None:
-                identity = _new_identity(wanted)
+                identity = wanted.filled or _new_identity(wanted)
             try:
                 self.device = self._build(identity, wanted)
             except StateError as error:
@@ -119,6 +121,9 @@ class OpenDevice:
                 try:
                     identity = load_identity(superblock.words, self._read_dictionary)
                     first_disksize = superblock.words[Superblock.FIRST_DISKSIZE]
+                    if superblock.words[Superblock.MAGIC] == UNFINISHED:
+                        log.warning("%s: a restore was cut short, and has left nothing", self._store.directory)
+                        self._store.remove(_PAGE_TABLE)
                     if identity is not None:
                         check_boot(superblock.words)
                 finally:
@@ -169,7 +174,7 @@ class OpenDevice:
             for number, chosen in enumerate(identity.algorithms.codecs):
                 if chosen and chosen.dictionary:
                     self._keep_dictionary(number, self._new_dictionary(chosen.dictionary))
-            store_identity(superblock.words, identity)
+            store_identity(superblock.words, identity, UNFINISHED if wanted.filled else MAGIC)
         if wanted.grow:
             words = superblock.words
             words[Superblock.FIRST_DISKSIZE] = words[Superblock.FIRST_DISKSIZE] or words[Superblock.DISKSIZE]
@@ -246,6 +251,12 @@ class OpenDevice:
                 f"stored pages ({pages}) still have an earlier algorithm of priority {number % PRIORITIES}: "
                 "they have to be written anew, or recompressed, before there is room for another"
             )
+
+    def finish(self, first_disksize: int) -> None:
+        """Let the device, which was filled, be one. `first_disksize` in bytes may be asked for, too; 0: none."""
+        words = self._superblock.words
+        words[Superblock.FIRST_DISKSIZE] = first_disksize
+        words[Superblock.MAGIC] = MAGIC
 
     def _populate_ahead(self) -> Ahead:
         for region in self.regions:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zramd.device.algorithms import Algorithms, DamagedCodecError, ReadDictionary, load_algorithms, store_codec
 from zramd.device.codecs import Codec
-from zramd.layout import BACKED, INTEGRITY, MAGIC, PAGE_SIZE, VERSION, WORD, Superblock
+from zramd.layout import BACKED, INTEGRITY, MAGIC, PAGE_SIZE, UNFINISHED, VERSION, WORD, Superblock
 from zramd.zsmalloc import FitRule, geometry
 
 UUID_WORDS = 2
@@ -40,7 +40,7 @@ class Identity:
         return self.algorithms.primary
 
 
-def store_identity(words: memoryview, identity: Identity) -> None:
+def store_identity(words: memoryview, identity: Identity, magic: int = MAGIC) -> None:
     """Write the identity to an empty superblock. The magic comes last: without it the device was never made."""
     words[Superblock.VERSION] = VERSION
     words[Superblock.PAGE_SIZE] = PAGE_SIZE
@@ -52,7 +52,7 @@ def store_identity(words: memoryview, identity: Identity) -> None:
     for number, chosen in enumerate(identity.algorithms.codecs):
         store_codec(words, number, chosen)
     note_boot(words)
-    words[Superblock.MAGIC] = MAGIC
+    words[Superblock.MAGIC] = magic
 
 
 def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identity | None:
@@ -61,7 +61,7 @@ def load_identity(words: memoryview, read_dictionary: ReadDictionary) -> Identit
     Raises:
         StateError: the superblock is damaged, or of a version that this zramd does not know.
     """
-    if not words[Superblock.MAGIC]:
+    if words[Superblock.MAGIC] in (0, UNFINISHED):
         return None
     if words[Superblock.MAGIC] != MAGIC:
         raise StateError("the superblock is not zramd's, or damaged")

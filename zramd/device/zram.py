@@ -26,6 +26,7 @@ from zramd.device.counters import (
 )
 from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError, fetch, fetch_page
 from zramd.device.slices import in_slices
+from zramd.device.snapshot import Copies
 from zramd.device.states import Run, state_runs
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.superblock import Identity, StateError
@@ -41,6 +42,7 @@ from zramd.layout import (
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
     ENTRY_TAKEN,
+    NOBODY,
     PAGE_SHIFT,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
@@ -69,6 +71,7 @@ _UNTOUCHED = ENTRY_IDLE | ENTRY_TAKEN
 _HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _POOL_PAGES = int(PoolRecord.PAGES)
 _PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, *_ = map(int, DeviceRecord)
+_SNAPSHOT_FROM = int(DeviceRecord.SNAPSHOT_FROM)
 _GENERATION, _CODEC_PAGES = int(DeviceRecord.GENERATION), int(DeviceRecord.CODEC_PAGES)
 _BACKED_PAGES = int(DeviceRecord.BACKED_PAGES)
 _READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
@@ -102,6 +105,9 @@ class Device:
     pages are written back to; without it, those that are cannot be read.
     """
 
+    snapshot_step = 128
+    """Pages of a snapshot that are read under one hold of the lock."""
+
     def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
         self.identity = identity
         self.disksize = identity.disksize
@@ -110,6 +116,8 @@ class Device:
         self.pool = pool
         self.backing: Store | None = None
         self.record = record(DeviceRecord.END)
+        self.record[_SNAPSHOT_FROM] = NOBODY
+        self._copies: Copies | None = None
         self._words = superblock.words
         self._table = tables.entries
         self._elements = tables.elements
@@ -374,6 +382,8 @@ class Device:
             if not self._accessed.ready[chunk]:
                 self._accessed.make_ready(chunk)
         self._times[index : last + 1] = array("I", [uptime()]) * len(prepared)
+        if last >= self.record[_SNAPSHOT_FROM]:
+            self.preserve(index, last + 1)
         chunk, last = index >> TABLE_CHUNK_SHIFT, index + len(prepared) - 1 >> TABLE_CHUNK_SHIFT
         if chunk != last or not self._table.ready[chunk]:
             self._table.make_ready(chunk, last)
@@ -457,6 +467,8 @@ class Device:
         if end <= first:
             return
         self._words[Superblock.NOTIFY_FREE] += end - first
+        if end > self.record[_SNAPSHOT_FROM]:
+            self.preserve(first, end)
         table, ready = self._table.words, self._table.ready
         chunk, stop = (first >> TABLE_CHUNK_SHIFT) - 1, ((end - 1) >> TABLE_CHUNK_SHIFT) + 1
         while (chunk := ready.find(1, chunk + 1, stop)) >= 0:
@@ -568,6 +580,8 @@ class Device:
         Raises:
             NoMemoryError: there is no room; the page is as it was.
         """
+        if index >= self.record[_SNAPSHOT_FROM]:
+            self.preserve(index, index + 1)
         old = self._table.words[index]
         handle = self.pool.malloc(len(stored), stored)
         if self._checksums is not None:
@@ -576,6 +590,79 @@ class Device:
         self.record[_COMPR_DATA_SIZE] += len(stored)
         self.record[_CODEC_PAGES + codec_number(bits)] += 1
         self._release(old)
+
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether a snapshot is being read. The caller holds the lock."""
+        return self.record[_SNAPSHOT_FROM] != NOBODY
+
+    def begin_snapshot(self, copies: Copies) -> None:
+        """Copy pages there before they change, from SNAPSHOT_FROM on. The caller holds the lock."""
+        self._copies = copies
+
+    def end_snapshot(self) -> None:
+        """Let go of the copies. The caller holds the lock, and has set SNAPSHOT_FROM to `NOBODY`."""
+        self._copies = None
+
+    def preserve(self, first: int, end: int) -> None:
+        """Copy pages aside that are about to change and are still to be read. The caller holds the lock."""
+        if self._copies:
+            self._copies.preserve(self, first, end)
+
+    def read_snapshot(self, first: int, end: int) -> tuple[list[int], bytes]:
+        """Return what pages were when the snapshot was taken: see `Copies.read`."""
+        if self._copies is None:
+            raise LookupError("there is no snapshot")
+        return self._copies.read(self, first, end)
+
+    def ready_chunks(self) -> bytearray:
+        """Return a byte for each chunk of the page table, 0 if it has no page. The caller holds the lock."""
+        return bytearray(self._table.ready)
+
+    def element(self, index: int) -> int:
+        """Return the pattern of a same-filled page that has one. The caller holds the lock."""
+        return self._elements.words[index]
+
+    def checksum(self, handle: int) -> int:
+        """Return what was noted as the checksum of an object, 0 without checksums. The caller holds the lock."""
+        return 0 if self._checksums is None else self._checksums[handle]
+
+    def place(self, index: int, entry: int, data: bytes | memoryview) -> None:
+        """Make an empty page what a snapshot's entry and data say. Limit and high-water mark take no notice.
+
+        The caller holds the lock, and has checked the entry.
+
+        Raises:
+            NoMemoryError: there is no room.
+        """
+        record, state = self.record, entry & _STATE_MASK
+        if not self._accessed.ready[index >> ACCESSED_CHUNK_SHIFT]:
+            self._accessed.make_ready(index >> ACCESSED_CHUNK_SHIFT)
+        self._times[index] = uptime()
+        self._table.make_ready(index >> TABLE_CHUNK_SHIFT)
+        if state == _SAME_FILLED:
+            self._table.words[index] = _SAME_FILLED
+            if data:
+                self._elements.make_ready(index >> TABLE_CHUNK_SHIFT)
+                self._elements.words[index] = int.from_bytes(data, "little")
+                self._table.words[index] = _SAME_FILLED | ENTRY_HAS_ELEMENT
+            record[_SAME_PAGES] += 1
+        else:
+            handle = self.pool.malloc(len(data), data)
+            if self._checksums is not None:
+                self._checksums[handle] = xxh3_64_intdigest(data)
+            self._table.words[index] = entry | handle
+            record[_COMPR_DATA_SIZE] += len(data)
+            if state == _HUGE_STATE:
+                record[_HUGE_PAGES] += 1
+            else:
+                record[_CODEC_PAGES + codec_number(entry)] += 1
+        record[_PAGES_STORED] += 1
+
+    def note_filled(self) -> None:
+        """Count what was placed as if it had been written. The caller holds the lock."""
+        self._words[Superblock.MEM_USED_MAX] = self.pool.pages
+        self._words[Superblock.HUGE_PAGES_SINCE] = self.record[_HUGE_PAGES]
 
     def set_mem_limit(self, limit: int) -> None:
         """Set the memory limit to `limit` bytes, rounded up to pages; 0 is none. Takes the lock."""

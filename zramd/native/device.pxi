@@ -43,6 +43,7 @@ cdef class Device:
     cdef uint64_t *superblock
     cdef uint64_t *record
     cdef uint32_t huge_limit
+    cdef Copies copies
 
     def __cinit__(self, device, superblock, tables):
         table, elements, accessed = tables.entries, tables.elements, tables.accessed
@@ -63,6 +64,10 @@ cdef class Device:
         self.superblock = <uint64_t *>address(superblock.map)
         self.record = <uint64_t *>address(device.record)
         self.huge_limit = device.pool.geometry.huge_limit
+        self.copies = Copies(self.pool)
+        self.copies.table, self.copies.table_ready = self.table, self.table_ready
+        self.copies.elements, self.copies.checksums = self.elements, self.checksums
+        self.copies.record = self.record
 
     def attach(self, records):
         """Have a backing store with these records, or (None) none. The caller holds the lock."""
@@ -109,6 +114,8 @@ cdef class Device:
             return False
         if not self.note_access(index, count):
             return False
+        if index + count > self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM]:
+            self.copies.preserve(index, index + count)
         while pages < end:
             if not pages.length:
                 entry = Z_PAGE_STATE_SAME_FILLED << Z_ENTRY_STATE_SHIFT
@@ -243,6 +250,8 @@ cdef class Device:
         if end <= index:
             return
         self.superblock[Z_SUPERBLOCK_NOTIFY_FREE] += end - index
+        if end > self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM]:
+            self.copies.preserve(index, end)
         while index < end:
             if not self.table_ready[index >> Z_TABLE_CHUNK_SHIFT]:
                 index = ((index >> Z_TABLE_CHUNK_SHIFT) + 1) << Z_TABLE_CHUNK_SHIFT
@@ -270,6 +279,27 @@ cdef class Device:
         """Free the whole pages in a range. The caller holds the lock."""
         self.discard(offset, length)
         self.raise_error()
+
+    def begin_snapshot(self, covered, copied, store):
+        """Copy pages there before they change. The caller holds the lock."""
+        self.copies.begin(covered, copied, store)
+
+    def end_snapshot(self):
+        """Let go of the copies. The caller holds the lock."""
+        self.copies.end()
+
+    def preserve_pages(self, uint64_t first, uint64_t end):
+        """Copy pages aside that are about to change and are still to be read. The caller holds the lock."""
+        if end > self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM]:
+            self.copies.preserve(first, end)
+
+    def read_snapshot(self, uint64_t first, uint64_t end, entries):
+        """Fill in the entries of pages, and return their data. The caller holds the lock.
+
+        Raises:
+            CodecError: a page is damaged.
+        """
+        return self.copies.read(first, end, <uint64_t *>address(entries))
 
     cdef int raise_error(self) except -1:
         if self.pool.failing:

@@ -85,8 +85,10 @@ def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterato
     raise StatusError(f"the server at {path} ended in the middle of its answer")
 
 
-def ask(path: Path, request: str, seconds: float | None = SECONDS) -> str:
+def ask(path: Path, request: str, seconds: float | None = SECONDS, descriptor: int | None = None) -> str:
     """Send one request and return the answer, without the blank line that ends it; wait up to `seconds` (or forever).
+
+    `save` and `restore` take a `descriptor` with them.
 
     Raises:
         StatusError: the server cannot be reached, or it refused.
@@ -94,7 +96,11 @@ def ask(path: Path, request: str, seconds: float | None = SECONDS) -> str:
     try:
         with _connect(path) as sock:
             sock.settimeout(seconds)
-            sock.sendall(os.fsencode(request) + b"\n")
+            line = os.fsencode(request) + b"\n"
+            if descriptor is None:
+                sock.sendall(line)
+            else:
+                socket.send_fds(sock, [line], [descriptor])
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
     except OSError as error:

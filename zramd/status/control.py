@@ -7,6 +7,7 @@ parameters may be changed at any time, since a page keeps what it was compressed
 import errno
 import re
 from collections.abc import Callable
+from datetime import datetime
 
 from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import BusyError, Disk, UninitialisedError
@@ -14,11 +15,12 @@ from zramd.device.fetching import PageError
 from zramd.device.recompression import PAGE_TYPES, Recompression
 from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
-from zramd.layout import PRIORITIES
+from zramd.layout import PAGE_SIZE, PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
-from zramd.sizes import memparse
+from zramd.sizes import format_size, memparse
 from zramd.status import trials, writeback
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
+from zramd.status.caller import Caller
 
 FORCE = "force"
 """The value of `reset` and `stop` that takes no notice of clients; the kernel has nothing like it."""
@@ -190,10 +192,31 @@ _WORDS: dict[str, Callable[[Disk, str], str | None]] = {
     "reset": _reset,
 }
 
-WORDS = (*_WORDS, "policy", "stop")
+
+def _save(disk: Disk, value: str, caller: Caller) -> str:
+    if value.strip() != "fd":
+        raise ValueError("save takes `fd`, and a descriptor to write to")
+    saved = disk.save(caller.descriptor(), caller.is_gone)
+    return f"{format_size(saved.pages * PAGE_SIZE)} of data saved, {format_size(saved.bytes)} compressed\n"
 
 
-def write(served: Served, name: str, value: str) -> str:
+def _restore(disk: Disk, value: str, caller: Caller) -> str:
+    kind, *rest = value.split()
+    words = split_words(" ".join(rest))
+    if kind != "fd" or words.keys() - {"disksize"}:
+        raise ValueError("restore takes `fd`, a descriptor to read from, and perhaps disksize=SIZE")
+    restored = disk.restore(caller.descriptor(), memparse(words.get("disksize", "0")), caller.is_gone)
+    when = datetime.fromtimestamp(restored.seconds).astimezone()
+    return f"{format_size(restored.pages * PAGE_SIZE)} of data restored, saved on {when:%Y-%m-%d at %H:%M:%S %z}\n"
+
+
+_TRANSFERS = {"save": _save, "restore": _restore}
+"""Words that work on a descriptor of the client's. The kernel has nothing like them."""
+
+WORDS = (*_WORDS, *_TRANSFERS, "policy", "stop")
+
+
+def write(served: Served, name: str, value: str, caller: Caller | None = None) -> str:
     """Carry out a control word. Return what there is to say of it: nothing, or a line on what long work has done.
 
     Raises:
@@ -208,6 +231,10 @@ def write(served: Served, name: str, value: str) -> str:
             _stop(served, value)
         elif name == "policy":
             return _set_policy(served, value)
+        elif name in _TRANSFERS:
+            if caller is None:
+                raise ValueError(f"{name} needs a client that has a descriptor")
+            return _TRANSFERS[name](served.disk, value, caller)
         else:
             return _WORDS[name](served.disk, value) or ""
     except BusyError as error:

@@ -5,7 +5,8 @@
     recompress type=idle long work; the answer is a line on what was done, and the blank line
     anything refused     error: ERRNO what was wrong
 
-A connection may ask any number of times.
+A connection may ask any number of times. `save` and `restore` work on a file, or a pipe, that the client has open: its
+descriptor comes with their line (SCM_RIGHTS), so that the server needs no way to it.
 """
 
 import logging
@@ -16,6 +17,7 @@ import time
 
 from zramd.listeners import Connections, peer_ids
 from zramd.status.attributes import STREAMED, AttributeRefusedError, Served, read, stream
+from zramd.status.caller import Caller
 from zramd.status.control import write
 
 MAX_LINE = 4096
@@ -41,10 +43,14 @@ class StatusServer(Connections):
         self._turn = threading.Lock()
 
     def _answer_lines(self, sock: socket.socket) -> None:
+        with Caller(sock) as caller:
+            self._answer_caller(sock, caller)
+
+    def _answer_caller(self, sock: socket.socket, caller: Caller) -> None:
         pending = b""
         while True:
             sock.settimeout(IDLE_SECONDS)
-            received = sock.recv(MAX_LINE)
+            received = caller.receive(MAX_LINE)
             pending += received
             *lines, pending = pending.split(b"\n")
             if not received and pending:
@@ -55,24 +61,24 @@ class StatusServer(Connections):
                     pending = line
                     break
                 if line.strip():
-                    self._reply(sock, line)
+                    self._reply(sock, line, caller)
             if len(pending) > MAX_LINE:
                 sock.sendall(f"error: E2BIG a request has at most {MAX_LINE} bytes\n\n".encode())
                 return
             if not received:
                 return
 
-    def _reply(self, sock: socket.socket, line: bytes) -> None:
-        sock.sendall(self._answer(line).encode() + b"\n")
+    def _reply(self, sock: socket.socket, line: bytes, caller: Caller) -> None:
+        sock.sendall(self._answer(line, caller).encode() + b"\n")
 
-    def _answer(self, line: bytes) -> str:
+    def _answer(self, line: bytes, caller: Caller) -> str:
         name, _, value = line.decode(errors="replace").lstrip().partition(" ")
         try:
-            return self._carry_out(name.rstrip(), value)
+            return self._carry_out(name.rstrip(), value, caller)
         except AttributeRefusedError as error:
             return f"error: {error}\n"
 
-    def _carry_out(self, name: str, value: str) -> str:
+    def _carry_out(self, name: str, value: str, caller: Caller) -> str:
         if value.strip():
             raise AttributeRefusedError(f"EACCES this socket is for reading; changes go to {self._served.admin}")
         with self._turn:
@@ -97,15 +103,15 @@ class AdminServer(StatusServer):
             return
         super()._answer_lines(sock)
 
-    def _carry_out(self, name: str, value: str) -> str:
+    def _carry_out(self, name: str, value: str, caller: Caller) -> str:
         if not value:
             return read(self._served, name)
-        return write(self._served, name, value)
+        return write(self._served, name, value, caller)
 
-    def _reply(self, sock: socket.socket, line: bytes) -> None:
+    def _reply(self, sock: socket.socket, line: bytes, caller: Caller) -> None:
         name = line.decode(errors="replace").strip()
         if name not in STREAMED:
-            super()._reply(sock, line)
+            super()._reply(sock, line, caller)
             return
         # Who looks at a page of it in a pager takes no more for a while.
         sock.settimeout(IDLE_SECONDS)
