@@ -2,18 +2,18 @@
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from zramd.backing import Store
 from zramd.device.codecs import Codec, CodecError
 from zramd.device.fetching import PageError
-from zramd.device.snapshot import CHUNK_PAGES, Copies
+from zramd.device.snapshot import Copies
 from zramd.device.stream import Prepared, Stream
 from zramd.device.superblock import Identity
 from zramd.device.zram import ZERO_PAGE, Device, Tables
-from zramd.layout import WORD
+from zramd.layout import PAGE_SIZE, WORD
 from zramd.memory import Region
 from zramd.zsmalloc import Pool
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class NativeDevice(Device):
     """A device whose hot path is compiled. `engine` is the extension."""
 
-    snapshot_step = CHUNK_PAGES
+    snapshot_step = 256
 
     def __init__(self, identity: Identity, superblock: Region, tables: Tables, pool: Pool) -> None:
         super().__init__(identity, superblock, tables, pool)
@@ -67,6 +67,9 @@ class NativeDevice(Device):
     def begin_snapshot(self, copies: Copies) -> None:
         """Copy pages there before they change, from SNAPSHOT_FROM on. The caller holds the lock."""
         self._native.begin_snapshot(copies.covered, copies.copied, copies.store)
+        # Made once: to get memory takes longer than to fill it, and this is done under the lock.
+        self._entries = memoryview(bytearray(self.snapshot_step * WORD)).cast("Q")
+        self._data = memoryview(bytearray(self.snapshot_step * PAGE_SIZE))
 
     def end_snapshot(self) -> None:
         """Let go of the copies. The caller holds the lock, and has set SNAPSHOT_FROM to `NOBODY`."""
@@ -76,8 +79,7 @@ class NativeDevice(Device):
         """Copy pages aside that are about to change and are still to be read. The caller holds the lock."""
         self._native.preserve_pages(first, end)
 
-    def read_snapshot(self, first: int, end: int) -> tuple[list[int], bytes]:
-        """Return what pages were when the snapshot was taken: see `Copies.read`."""
-        entries = memoryview(bytearray((end - first) * WORD)).cast("Q")
-        data = self._native.read_snapshot(first, end, entries)
-        return entries.tolist(), data
+    def read_snapshot(self, first: int, end: int) -> tuple[Sequence[int], bytes | memoryview]:
+        """Return what pages were when the snapshot was taken: see `Copies.read`. Valid until it is called again."""
+        length = self._native.read_snapshot(first, end, self._entries, self._data)
+        return self._entries[: end - first], self._data[:length]

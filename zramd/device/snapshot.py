@@ -240,7 +240,8 @@ class Snapshot:
                 raise SnapshotLostError(
                     "more was overwritten meanwhile than there is memory to keep a copy of: save when less is written"
                 )
-            entries, data = device.read_snapshot(first, end)
+            words, view = device.read_snapshot(first, end)
+        entries, data = list(words), bytes(view)
         if any(entry & _STATE == _WRITTEN_BACK for entry in entries):
             return self._fetch(first, entries, data)
         return entries, data

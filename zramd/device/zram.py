@@ -7,7 +7,7 @@ Compression is the one expensive step that needs no lock; a `Stream` does it bef
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -609,8 +609,8 @@ class Device:
         if self._copies:
             self._copies.preserve(self, first, end)
 
-    def read_snapshot(self, first: int, end: int) -> tuple[list[int], bytes]:
-        """Return what pages were when the snapshot was taken: see `Copies.read`."""
+    def read_snapshot(self, first: int, end: int) -> tuple[Sequence[int], bytes | memoryview]:
+        """Return what pages were when the snapshot was taken: see `Copies.read`. Valid until it is called again."""
         if self._copies is None:
             raise LookupError("there is no snapshot")
         return self._copies.read(self, first, end)

@@ -293,13 +293,13 @@ cdef class Device:
         if end > self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM]:
             self.copies.preserve(first, end)
 
-    def read_snapshot(self, uint64_t first, uint64_t end, entries):
-        """Fill in the entries of pages, and return their data. The caller holds the lock.
+    def read_snapshot(self, uint64_t first, uint64_t end, entries, data):
+        """Fill in the entries and the data of pages, and return the bytes of the latter. The caller holds the lock.
 
         Raises:
             CodecError: a page is damaged.
         """
-        return self.copies.read(first, end, <uint64_t *>address(entries))
+        return self.copies.read(first, end, <uint64_t *>address(entries), <uint8_t *>address(data))
 
     cdef int raise_error(self) except -1:
         if self.pool.failing:

@@ -72,20 +72,14 @@ cdef class Copies:
                 self.copied[index] = Z_COPIED | entry | position
             index += 1
 
-    cdef bytes read(self, uint64_t first, uint64_t end, uint64_t *entries):
-        """Fill in the entries of pages, and return their data; they are no longer to be read."""
-        cdef uint8_t *buffer = <uint8_t *>malloc((end - first) * Z_PAGE_SIZE)
-        cdef uint64_t length = 0, damaged
-        if buffer == NULL:
-            raise MemoryError
-        try:
-            damaged = self.collect(first, end, entries, buffer, &length)
-            if damaged != end:
-                raise CodecError(f"page {damaged} is damaged")
-            self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM] = end
-            return PyBytes_FromStringAndSize(<char *>buffer, length)
-        finally:
-            free(buffer)
+    cdef uint64_t read(self, uint64_t first, uint64_t end, uint64_t *entries, uint8_t *data) except? 0:
+        """Fill in the entries and the data of pages, which are no longer to be read. Return the bytes of the data."""
+        cdef uint64_t length = 0
+        cdef uint64_t damaged = self.collect(first, end, entries, data, &length)
+        if damaged != end:
+            raise CodecError(f"page {damaged} is damaged")
+        self.record[Z_DEVICE_RECORD_SNAPSHOT_FROM] = end
+        return length
 
     cdef uint64_t collect(
         self, uint64_t first, uint64_t end, uint64_t *entries, uint8_t *buffer, uint64_t *used
