@@ -20,10 +20,11 @@ from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat
 from zramd.device.fetching import Fetched, NotInMemoryError
 from zramd.device.idle import mark_idle
 from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
+from zramd.device.pages import NoSpaceError
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
 from zramd.device.writeback import Selection, Writeback, WritebackType
-from zramd.device.zram import Device, NoSpaceError
+from zramd.device.zram import Device
 from zramd.layout import (
     CODECS,
     ENTRY_HANDLE_MASK,

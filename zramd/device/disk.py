@@ -24,10 +24,10 @@ from zramd.device.restoring import Source, fill, identity_for
 from zramd.device.saving import save
 from zramd.device.slices import in_slices
 from zramd.device.snapshot import SnapshotLostError
+from zramd.device.state import uptime
 from zramd.device.survey import Survey, take_survey
 from zramd.device.work import Work, WorkKind, Works, WorkUnderWayError
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome
-from zramd.device.zram import uptime
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.zsmalloc.stats import ClassStat

@@ -16,7 +16,7 @@ from zramd.layout import (
 )
 
 if TYPE_CHECKING:
-    from zramd.device.zram import Device
+    from zramd.device.pages import Pages
 
 _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
@@ -46,7 +46,7 @@ class Fetched:
     page: bytes | None
     failure: str = ""
 
-    def is_still(self, device: "Device", index: int) -> bool:
+    def is_still(self, device: "Pages", index: int) -> bool:
         """Say whether the page is the same still. The caller holds the lock."""
         # An entry alone would not tell: another object may lie at the same place, after a segment was used again.
         return self.entry == device.entry(index) and self.reused == _reused(device, self.entry)
@@ -55,16 +55,16 @@ class Fetched:
 NOTHING_FETCHED: dict[int, Fetched] = {}
 
 
-def _reused(device: "Device", entry: int) -> int:
+def _reused(device: "Pages", entry: int) -> int:
     return device.backing.reused(entry & ENTRY_HANDLE_MASK) if device.backing else 0
 
 
-def fetch(device: "Device", pages: list[int]) -> dict[int, Fetched]:
+def fetch(device: "Pages", pages: list[int]) -> dict[int, Fetched]:
     """Read pages from wherever they are. The caller does not hold the device's lock."""
     return {index: fetch_page(device, index) for index in pages}
 
 
-def fetch_page(device: "Device", index: int) -> Fetched:
+def fetch_page(device: "Pages", index: int) -> Fetched:
     """Read a page from wherever it is. The caller does not hold the device's lock."""
     while True:
         with device:
@@ -99,7 +99,7 @@ def fetch_page(device: "Device", index: int) -> Fetched:
             return Fetched(entry, reused, None, failure)
 
 
-def _load(device: "Device", index: int, entry: int) -> Fetched:
+def _load(device: "Pages", index: int, entry: int) -> Fetched:
     """Return a page that is in memory. The caller holds the lock."""
     try:
         return Fetched(entry, 0, device.load_page(index))

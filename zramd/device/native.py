@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, cast
 from zramd.backing import Store
 from zramd.device.codecs import Codec, CodecError
 from zramd.device.fetching import PageError
+from zramd.device.pages import ZERO_PAGE
 from zramd.device.snapshot import Copies
+from zramd.device.state import Tables
 from zramd.device.stream import Prepared, Stream
 from zramd.device.superblock import Identity
-from zramd.device.zram import ZERO_PAGE, Device, Tables
+from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE, WORD
 from zramd.memory import Region
 from zramd.zsmalloc import Pool

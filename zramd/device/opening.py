@@ -12,6 +12,7 @@ from zramd.device.algorithms import PRIMARY, Algorithms, store_codec
 from zramd.device.backing_dev import find_store, forget_store, load_path, make_store
 from zramd.device.codecs import Codec, codec
 from zramd.device.native import NativeDevice
+from zramd.device.state import Tables
 from zramd.device.superblock import (
     Identity,
     StateError,
@@ -21,7 +22,7 @@ from zramd.device.superblock import (
     note_end,
     store_identity,
 )
-from zramd.device.zram import Device, Tables
+from zramd.device.zram import Device
 from zramd.layout import ACCESSED_BYTES, CODECS, MAGIC, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, UNFINISHED, WORD, Superblock
 from zramd.memory import NoMemoryError, Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose

@@ -37,7 +37,7 @@ from zramd.layout import (
 from zramd.memory import NoMemoryError, populate, private_memory
 
 if TYPE_CHECKING:
-    from zramd.device.zram import Device
+    from zramd.device.pages import Pages
 
 CHUNK_PAGES = 1 << TABLE_CHUNK_SHIFT
 AHEAD_BYTES = 32 << 20
@@ -77,7 +77,7 @@ class Copies:
     copied: memoryview
     store: memoryview
 
-    def preserve(self, device: "Device", first: int, end: int) -> None:
+    def preserve(self, device: "Pages", first: int, end: int) -> None:
         """Copy aside what pages that are still to be read are. The caller holds the lock."""
         record, copied = device.record, self.copied
         for index in range(max(first, record[_FROM]), end):
@@ -96,7 +96,7 @@ class Copies:
                 record[_USED] = position + words
             copied[index] = COPIED | entry | position
 
-    def read(self, device: "Device", first: int, end: int) -> tuple[list[int], bytes]:
+    def read(self, device: "Pages", first: int, end: int) -> tuple[list[int], bytes]:
         """Return the entries of pages, without handles, and their data; they are no longer to be read.
 
         A page that is written back keeps its place in the entry, and has no data. The caller holds the lock.
@@ -126,7 +126,7 @@ class Copies:
         return entries, b"".join(parts)
 
 
-def _look(device: "Device", index: int) -> tuple[int, int, bytes | memoryview]:
+def _look(device: "Pages", index: int) -> tuple[int, int, bytes | memoryview]:
     """Return the entry of a page as a snapshot has it, the checksum of its data if it has one, and the data."""
     entry = device.entry(index)
     state = entry & _STATE
@@ -144,7 +144,7 @@ def _look(device: "Device", index: int) -> tuple[int, int, bytes | memoryview]:
 class Snapshot:
     """A device at the moment at which this is made; a context, at whose end the device forgets it."""
 
-    def __init__(self, device: "Device") -> None:
+    def __init__(self, device: "Pages") -> None:
         """Take the snapshot.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Loading, storing and discarding pages: zramd/device/zram.py on the same table, records and counters."""
+"""Loading, storing and discarding pages: zramd/device/pages.py on the same table, records and counters."""
 
 cdef enum:
     # In place of a length. The data of what is fetched are a whole page.

@@ -4,7 +4,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from zramd.device.fetching import Fetched, NotInMemoryError, PageError
-from zramd.device.zram import ZERO_PAGE, Device
+from zramd.device.pages import ZERO_PAGE
+from zramd.device.zram import Device
 from zramd.nbd.block_status import Context, Extent
 from zramd.nbd.protocol import (
     CHUNK,

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from zramd.device.fetching import Fetched, NotInMemoryError, PageError
 from zramd.device.native import NativeDevice
+from zramd.device.pages import NoSpaceError
 from zramd.device.stream import Prepared, whole_pages
-from zramd.device.zram import Device, NoSpaceError
+from zramd.device.zram import Device
 from zramd.layout import PAGE_SHIFT, PAGE_SIZE
 from zramd.nbd.block_status import Context, extents
 from zramd.nbd.inbox import Header, Inbox
