@@ -37,7 +37,8 @@ class Step:
 
 _POOL, _ARENA = "zramd.zsmalloc.pool:Pool", "zramd.zsmalloc.arena:Arena"
 _COMPACTION, _RECOVERY = "zramd.zsmalloc.compaction", "zramd.zsmalloc.recovery"
-_DEVICE, _OPENING = "zramd.device.zram:Device", "zramd.device.opening:OpenDevice"
+_DEVICE, _PAGES = "zramd.device.zram:Device", "zramd.device.pages:Pages"
+_OPENING = "zramd.device.opening:OpenDevice"
 
 WRITING = (
     Step(
@@ -67,7 +68,7 @@ WRITING = (
     Step(
         "mark-raised",
         "such an object, and mem_used_max that counts its zspage",
-        f"{_DEVICE}._note_use",
+        f"{_PAGES}._note_use",
         "highest = words[Superblock.MEM_USED_MAX] =",
         most=20,
         phase=Phase.GROWING,
@@ -76,7 +77,7 @@ WRITING = (
     Step(
         "element-stored",
         "a pattern that no entry refers to, or that changes a page which had another",
-        f"{_DEVICE}._store",
+        f"{_PAGES}._store",
         "self._elements.words[index] = page",
         most=100,
         compiled=True,
@@ -84,7 +85,7 @@ WRITING = (
     Step(
         "entry-stored",
         "the new page, and the object of the old one, which no entry reaches any more",
-        f"{_DEVICE}._store",
+        f"{_PAGES}._store",
         "table[index] = entry",
         most=400,
         compiled=True,
@@ -173,7 +174,7 @@ RECOMPRESSING = (
     Step(
         "page-recompressed",
         "a page with its smaller object, and the one that it had, which no entry reaches any more",
-        f"{_DEVICE}.restore",
+        f"{_PAGES}.restore",
         "self._table.words[index] =",
         most=2,
     ),
@@ -258,7 +259,7 @@ OPENING = (
     Step(
         "recovered",
         "the regions as they will be served",
-        f"{_DEVICE}.recover",
+        "zramd.device.state:DeviceState.recover",
         "self._words[Superblock.MEM_USED_MAX] =",
         phase=Phase.OPENING,
     ),
@@ -342,14 +343,14 @@ WRITING_BACK = (
     Step(
         "page-written-back",
         "a page in the store, and its object in memory, which no entry reaches any more",
-        f"{_DEVICE}.write_back",
+        f"{_PAGES}.write_back",
         "self._table.words[index] =",
         most=200,
     ),
     Step(
         "backed-moved",
         "an object twice in the store, the entry leading to the new one",
-        f"{_DEVICE}.move_backed",
+        f"{_PAGES}.move_backed",
         "self._table.words[index] =",
     ),
     Step(

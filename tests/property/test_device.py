@@ -59,7 +59,8 @@ def make_data(kind: str, seed: int, length: int) -> bytearray:
         return bytearray(generator.randbytes(16) * (length // 16 + 1))[:length]
     if kind == "text":
         words = [b"page", b"slot", b"handle", b"zspage", b"class", b"huge"]
-        return bytearray(b" ".join(generator.choice(words) for _ in range(length)))[:length]
+        # Each is at least 5 bytes with its blank.
+        return bytearray(b" ".join(generator.choice(words) for _ in range(length // 5 + 1)))[:length]
     if kind == "half":
         return bytearray(b"".join(generator.randbytes(2048) + bytes(2048) for _ in range(length // PAGE_SIZE + 1)))[
             :length
