@@ -60,12 +60,14 @@ def test_kills_at_random_moments_lose_nothing(kills: int, directory: Path) -> No
     starter = ForkedServers(choose()) if kills == RANDOM_KILLS else ExecutedServers()
     generator = random.Random(kills)
     disk = KilledDisk(directory, kills)
-    for _ in range(kills):
-        disk.live_until(starter, generator.uniform(0, 0.15 if kills == RANDOM_KILLS else 1))
+    for number in range(kills):
+        # Every third answers requests first, however slow the machine is.
+        requests = 300 * (number % 3 == 0)
+        disk.live_until(starter, generator.uniform(0, 0.15 if kills == RANDOM_KILLS else 1), requests)
         disk.verify()
     disk.verify_that_nothing_leaks()
     starter.close()
-    assert disk.answered > 100 * kills
+    assert disk.answered >= 100 * kills
     assert disk.compacted > 0
 
 
