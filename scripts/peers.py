@@ -232,7 +232,7 @@ class Zramd(NbdPeer):
         self._engine = engine
         self._algorithm = algorithm
         self._state = state
-        self._status, self._admin = self._path.with_suffix(".status"), self._path.with_suffix(".admin")
+        self._status, self.admin = self._path.with_suffix(".status"), self._path.with_suffix(".admin")
 
     def launch(self) -> None:
         """Start it, with its engine."""
@@ -244,7 +244,7 @@ class Zramd(NbdPeer):
 
     def _command(self) -> list[str]:
         kept = ["--volatile"] if self._state is None else ["--state", str(self._state)]
-        sockets = ["--unix", str(self.socket), "--status", str(self._status), "--admin", str(self._admin)]
+        sockets = ["--unix", str(self.socket), "--status", str(self._status), "--admin", str(self.admin)]
         device = ["--size", str(self.size), "--algorithm", self._algorithm]
         return [self.program, "-m", "zramd", "serve", *device, *kept, *sockets]
 
@@ -254,7 +254,7 @@ class Zramd(NbdPeer):
 
     def compact(self) -> None:
         """Have it compact its pool."""
-        ask(self._admin, "compact 1", None)
+        ask(self.admin, "compact 1", None)
 
     def kill(self) -> None:
         """End it at once, as a crash would."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import zramd.device.zram
+import zramd.device.state
 import zramd.zsmalloc.compaction
 from tests.property.test_device import make_data
 from zramd import native
@@ -151,7 +151,7 @@ move, store = zramd.zsmalloc.compaction._move_objects, Device._store
     ("where", "name", "broken", "complaint"),
     [
         (zramd.zsmalloc.compaction, "_move_objects", moves_without_telling, "StateError: .* carries another handle"),
-        (zramd.device.zram, "recover", forgets_one, "the counters changed in a recovery"),
+        (zramd.device.state, "recover", forgets_one, "the counters changed in a recovery"),
         (Device, "_store", miscounts, "the counters are wrong"),
         (Device, "discard", nothing, "after others were discarded"),
         (Device, "compact", nothing, "compaction does not free"),
