@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness import Interrupt, StepError, mib
 
+from zramd.device.collecting import memory_of
 from zramd.layout import PAGE_SIZE
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
@@ -24,10 +25,6 @@ FILES = {
     "text": (["/usr/share", "/etc", "/var/lib/dpkg"], ["*.txt", "*.html", "*.xml", "*.conf", "*.list", "*.md", "*.po"]),
 }
 MOST_PAGES = 256  # of one file, so that a few large ones are not all
-LARGEST = 1 << 18
-"""Pages, of a mapping: larger ones are reserved and hardly used, as those of sanitizers."""
-PRESENT = 1 << 63
-"""In a word of /proc/PID/pagemap: the page is in memory. Others would read as zeros that nobody has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +100,9 @@ def _memory_pages() -> Iterator[bytes]:
 
 
 def _process_pages(process: Path) -> Iterator[bytes]:
-    with (process / "mem").open("rb", buffering=0) as memory, (process / "pagemap").open("rb") as pagemap:
-        for line in (process / "maps").read_text().splitlines():
-            fields = line.split()
-            # Private, writable and of no file.
-            if fields[1] != "rw-p" or fields[4] != "0":
-                continue
-            first, end = (int(address, 16) // PAGE_SIZE for address in fields[0].split("-"))
-            if end - first > LARGEST:
-                continue
-            pagemap.seek(first * 8)
-            words = pagemap.read((end - first) * 8)
-            for number in range(first, first + len(words) // 8):
-                word = int.from_bytes(words[(number - first) * 8 :][:8], "little")
-                if word & PRESENT:
-                    page = os.pread(memory.fileno(), PAGE_SIZE, number * PAGE_SIZE)
-                    if len(page) == PAGE_SIZE:
-                        yield page
+    with (process / "mem").open("rb", buffering=0) as memory:
+        for extent in memory_of(int(process.name)):
+            for offset in range(extent.offset, extent.offset + extent.pages * PAGE_SIZE, PAGE_SIZE):
+                page = os.pread(memory.fileno(), PAGE_SIZE, offset)
+                if len(page) == PAGE_SIZE:
+                    yield page

@@ -139,27 +139,6 @@ def line_plots(path: Path, title: str, panels: Sequence[Panel]) -> None:
         _save(figure, path)
 
 
-def codec_plot(path: Path, where: str, points: Sequence[tuple[str, int, Spread | None, float]]) -> None:
-    """Draw the ratio of each codec and level against what it costs to compress a page."""
-    with style.context(STYLE):
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        figure.suptitle(f"What a codec costs and saves: left and high is better\n{where}", fontsize=11)
-        axes = figure.add_subplot()
-        for name in dict.fromkeys(name for name, *_ in points):
-            own = [(level, cost.median, ratio) for codec, level, cost, ratio in points if codec == name and cost]
-            axes.plot([cost for _, cost, _ in own], [ratio for *_, ratio in own], marker="o", label=name)
-            for level, cost, ratio in own:
-                axes.annotate(f"{level}", (cost, ratio), xytext=(4, -10), textcoords="offset points")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_ylim(bottom=1)
-        axes.set_xlabel("µs to compress a 4 KiB page")
-        axes.set_ylabel("data / compressed")
-        axes.grid(color="#e0e0e0")
-        axes.legend(frameon=False)
-        _save(figure, path)
-
-
 def _error(value: Spread, unit: float) -> list[list[float]]:
     return [[(value.median - value.low) / unit], [(value.high - value.median) / unit]]
 

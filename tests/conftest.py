@@ -32,6 +32,7 @@ NO_ENGINE = {
     "test_client",
     "test_codecs",
     "test_compaction",
+    "test_collecting",
     "test_config",
     "test_doctor",
     "test_engines",

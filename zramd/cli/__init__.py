@@ -29,6 +29,7 @@ _VERBS = {
     "swapon": "zramd.cli.swap:swapon",
     "swapoff": "zramd.cli.swap:swapoff",
     "doctor": "zramd.cli.doctor:doctor",
+    "bench": "zramd.cli.bench:bench",
     "version": "zramd.cli.version:version",
 }
 

@@ -57,14 +57,14 @@ def do_work(path: Path, request: str, kind: str, descriptor: int | None = None) 
     while not asking.ended.is_set():
         try:
             if not asking.ended.wait(LOOK_SECONDS) and shown:
-                _show(_line(path, kind, cancelled=interrupted))
+                show(_line(path, kind, cancelled=interrupted))
         except KeyboardInterrupt:
             if interrupted:
                 raise click.Abort from None
             interrupted = True
             _cancel(path, kind)
     if shown:
-        _show("")
+        show("")
     if asking.error:
         raise click.ClickException(str(asking.error)) from asking.error
     if interrupted:
@@ -80,7 +80,7 @@ def _cancel(path: Path, kind: str) -> None:
         raise click.ClickException(str(error)) from error
 
 
-def _show(line: str) -> None:
+def show(line: str) -> None:
     """Write over the line that progress is in."""
     click.echo(f"\r\x1b[K{line}", nl=False, err=True)
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from zramd.cli.options import Parsed, admin_option
 from zramd.cli.progress import do_work
 from zramd.cli.stat import disk_socket
+from zramd.cli.table import table
 from zramd.layout import PRIORITIES
 from zramd.paths import ADMIN_SUFFIX
 from zramd.sizes import format_size, parse_size
@@ -39,7 +39,7 @@ def estimate(samples: int, as_json: bool, socket: Path | None) -> None:
         return
     chains = list(facts["rows"][0]["memory"])
     heading = ["ALGORITHM", "LEVEL", "RATIO", "COMPRESS", "DECOMPRESS", *(f"MEMORY/{chain}" for chain in chains)]
-    for line in _table([heading, *(_estimate_row(row) for row in facts["rows"])]):
+    for line in table([heading, *(_estimate_row(row) for row in facts["rows"])]):
         click.echo(line)
     click.echo(
         f"By {facts['samples']} of {facts['objects']} pages that have an object in memory. Now they take "
@@ -78,7 +78,7 @@ def train(priority: int, level: int, size: int, install: bool, output: Path | No
     facts = _ask(socket, request, "train")
     heading = ["LEVEL", "", "RATIO", "MEMORY", "COMPRESS", "DECOMPRESS"]
     rows = [_train_row(level, level[which], name) for level in facts["levels"] for which, name in _KINDS.items()]
-    for line in _table([heading, *rows]):
+    for line in table([heading, *rows]):
         click.echo(line)
     dictionary = base64.b64decode(facts["dictionary"])
     click.echo(
@@ -130,15 +130,3 @@ def _write_private(path: Path, data: bytes) -> None:
         path.write_bytes(data)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
-
-
-def _table(rows: Iterable[list[str]]) -> Iterator[str]:
-    """Yield lines; the first column is to the left, the others to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        first, *rest = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *rest]).rstrip()

@@ -59,14 +59,26 @@ def estimate(device: Device, samples: int, work: Work) -> Estimate | None:
     work.total = count * len(codecs)
     rows = []
     for chosen in codecs:
-        trial = run_trial(chosen, pages, work)
-        if trial is None:
+        row = try_codec(chosen, pages, sample.objects, work)
+        if row is None:
             return None
-        memory = {size: pool_memory(trial.lengths, size, sample.objects) for size in CHAIN_SIZES}
-        costs = trial.ratio, trial.compress, trial.decompress
-        rows.append(Estimated(chosen.name, chosen.level, len(chosen.dictionary), *costs, memory))
+        rows.append(row)
     used = device.mm_stat().mem_used_total
     return Estimate(count, sample.objects, used, device.identity.chain_size, rows)
+
+
+def try_codec(chosen: Codec, pages: bytearray, objects: int, work: Work | None = None) -> Estimated | None:
+    """Try a codec on pages that are a sample of so many objects; None if that was cancelled.
+
+    Raises:
+        NoMemoryError: there is no room to try.
+    """
+    trial = run_trial(chosen, pages, work)
+    if trial is None:
+        return None
+    memory = {size: pool_memory(trial.lengths, size, objects) for size in CHAIN_SIZES}
+    costs = trial.ratio, trial.compress, trial.decompress
+    return Estimated(chosen.name, chosen.level, len(chosen.dictionary), *costs, memory)
 
 
 def _codecs(device: Device) -> list[Codec]:

@@ -14,6 +14,8 @@ from zramd.memory import RegionStore
 from zramd.zsmalloc import geometry
 from zramd.zsmalloc.classes import MAX_CHAIN_SIZE
 
+LEVELS = {"lz4": (1, 2, 4, 8), "lz4hc": (3, 6, 9, 12), "zstd": (-5, -1, 1, 2, 3, 6, 9, 12, 15, 19)}
+"""Of each codec, those that differ from their neighbours."""
 PART = 64 * PAGE_SIZE
 """Bytes that are compressed, or read, at once: after each part the trial may be cancelled."""
 
