@@ -241,6 +241,10 @@ class RegionStore:
         except FileNotFoundError:
             return False
 
+    def names(self) -> list[str]:
+        """Return the names of all files here."""
+        return [] if self.directory is None else os.listdir(self.directory)
+
     def open(self, name: str, size: int, *, create: bool, grow: bool = False) -> Region:
         """Map the region `name` of `size` bytes, new and empty if `create`.
 

@@ -247,6 +247,7 @@ def test_a_segment_without_live_objects_is_given_back(store: Store, path: Path) 
     # The one that is being filled stays.
     assert path.stat().st_blocks <= used - SEGMENT // 512
     store.end_segment()
+    reclaim(store)
     # All of it can be filled again.
     for _ in range(SEGMENTS - 2):
         store.begin_segment()
@@ -254,6 +255,21 @@ def test_a_segment_without_live_objects_is_given_back(store: Store, path: Path) 
         store.flush()
     with pytest.raises(FullError):
         store.begin_segment()
+
+
+def test_a_segment_that_has_ended_is_not_used_again_before_it_is_given_back(store: Store) -> None:
+    # A snapshot may still read what was in it.
+    place = put(store, 1, b"old")
+    store.free(place, 3)
+    store.end_segment()
+    for _ in range(SEGMENTS - 3):
+        put(store, 2, b"new")
+        store.end_segment()
+    with pytest.raises(FullError):
+        store.begin_segment()
+    assert store.read(place, 1, 3) == b"old"
+    reclaim(store)
+    store.begin_segment()
 
 
 def test_a_segment_that_could_not_be_written_holds_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

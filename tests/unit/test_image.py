@@ -146,7 +146,30 @@ def test_a_restored_disk_is_kept_as_any(tmp_path: Path, image: bytes, disk: Disk
     opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted())
     assert opened.recovered
     assert read(opened.device, 0, disk.disksize) == read(device_of(disk), 0, disk.disksize)
+    for found, saved in zip(
+        opened.device.identity.algorithms.codecs, device_of(disk).identity.algorithms.codecs, strict=True
+    ):
+        assert (found and found.key) == (saved and saved.key)
+    assert opened.device.identity.codec.name == disk.algorithm() == "lz4hc"
     opened.close()
+
+
+def test_what_recompression_made_is_restored_however_large_it_is() -> None:
+    disk, other = Disk("zram0", None), Disk("zram1", None)
+    disk.set_algorithm("zstd", 1)
+    disk.initialise(1 << 20)
+    device = device_of(disk)
+    # Huge for lz4, and for zstd just below the largest size class, where a write would have left it huge.
+    limit = device.pool.geometry.huge_limit
+    noise = random.Random(1).randbytes(PAGE_SIZE)
+    pages = [noise[:length].ljust(PAGE_SIZE, b"\0") for length in range(limit - 20, limit + 8)]
+    write(device, 0, bytearray(b"".join(pages)))
+    disk.recompress(Recompression())
+    with device:
+        sizes = [data_bytes(entry) for _, entry in device.entries()]
+    assert any(limit <= size < PAGE_SIZE for size in sizes)
+    restore(other, save(disk))
+    assert read(device_of(other), 0, len(pages) * PAGE_SIZE) == b"".join(pages)
 
 
 def test_a_restored_disk_has_a_uuid_of_its_own(disk: Disk, image: bytes) -> None:
@@ -320,7 +343,9 @@ def test_nothing_is_left_of_a_restore_that_was_killed(
     done = subprocess.run([sys.executable, "-c", KILLED, state], input=image, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (state / "page_table").stat().st_blocks
-    opened = OpenDevice(RegionStore(state), Wanted(1 << 20))
+    # With fewer regions than the saved disk has: nothing of the others stays.
+    opened = OpenDevice(RegionStore(state), Wanted(1 << 20, chain_size=4))
+    assert {path.name for path in state.iterdir()} == {region.name for region in opened.regions}
     assert not opened.recovered
     assert "a restore was cut short" in caplog.text
     assert read(opened.device, 0, 1 << 20) == bytes(1 << 20)
@@ -408,6 +433,17 @@ def test_a_target_that_fails_fails_the_save_and_nothing_else(disk: Disk) -> None
     os.close(into)
     assert disk.works.under_way() == []
     assert save(disk)
+
+
+def test_whatever_goes_wrong_while_it_is_written_it_is_not_taken_for_saved(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("zramd.device.saving._Output._write", fail)
+    with pytest.raises(MemoryError):
+        save(disk)
 
 
 def test_a_pipe_that_nobody_reads_holds_up_only_its_own_save(disk: Disk) -> None:

@@ -3,8 +3,11 @@
 import errno
 import os
 import random
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -242,11 +245,41 @@ def test_cleaning_moves_what_is_live_together(opened: OpenDevice) -> None:
     assert device.mm_stat() == recount(device, device.mm_stat())
 
 
+def test_what_has_become_empty_is_given_back_without_being_asked(
+    opened: OpenDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zramd.device.cleaning.RECLAIM_SECONDS", 0.01)
+    path = tmp_path / "other"
+    path.touch()
+    os.truncate(path, 16 * SEGMENT)
+    opened.set_backing(path)
+    write(opened.device, 0, make_data("random", 1, SIZE))
+    write_back(opened.device)
+    assert path.stat().st_blocks * 512 > SIZE
+    with opened.device:
+        opened.device.discard(0, SIZE)
+    # The label, and the segment that is being filled.
+    while path.stat().st_blocks * 512 > SEGMENT + PAGE_SIZE:
+        time.sleep(0.01)
+
+
 class BadMedium(Medium):
-    """Fails to read and write where it is told to."""
+    """Fails to read and write where it is told to, or hangs until `works` is set."""
 
     bad_reads: range = range(0)
     bad_writes = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.entered, self.works = threading.Event(), threading.Event()
+        self.works.set()
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        with super()._open() as fd:
+            self.entered.set()
+            self.works.wait()
+            yield fd
 
     def read(self, buffer: memoryview, offset: int) -> None:
         if offset < self.bad_reads.stop and offset + len(buffer) > self.bad_reads.start:
@@ -259,13 +292,18 @@ class BadMedium(Medium):
         super().write(buffer, offset)
 
 
+def bad_medium(device: Device) -> BadMedium:
+    """Let the store of a device be on a bad medium."""
+    assert device.backing is not None
+    path = device.backing.medium.path
+    device.backing.medium.close()
+    device.backing.medium = made = BadMedium(path)
+    return made
+
+
 @pytest.fixture
 def bad(opened: OpenDevice) -> BadMedium:
-    assert opened.device.backing is not None
-    opened.device.backing.medium.__class__ = BadMedium
-    made = opened.device.backing.medium
-    assert isinstance(made, BadMedium)
-    return made
+    return bad_medium(opened.device)
 
 
 def test_a_block_that_cannot_be_read_costs_only_its_pages(opened: OpenDevice, bad: BadMedium) -> None:
@@ -316,6 +354,56 @@ def test_a_segment_that_cannot_be_written_leaves_its_pages_in_memory(opened: Ope
     bad.bad_writes = False
     assert write_back(device).written == PAGES * 3 // 4
     assert read(device, 0, SIZE) == contents
+
+
+def test_a_store_that_hangs_holds_up_only_who_reads_from_it(opened: OpenDevice, bad: BadMedium) -> None:
+    device = opened.device
+    write_back(device, WritebackType.ANY, 0)
+    bad.entered.clear()
+    bad.works.clear()
+
+    def serve(sock: socket.socket) -> None:
+        Transmission(sock, device, None).run()
+
+    with Peer(serve) as waiting, Peer(serve) as other:
+        waiting.client.sendall(SIMPLE.request(READ, 1, 0, PAGE_SIZE))
+        bad.entered.wait()
+        for cookie, kind in ((1, "half"), (2, "random")):
+            other.client.sendall(SIMPLE.request(READ, cookie, cookie * PAGE_SIZE, PAGE_SIZE))
+            assert receive(other.client, REPLY_BYTES) == SIMPLE.done(cookie)
+            assert receive(other.client, PAGE_SIZE) == make_data(kind, cookie, PAGE_SIZE)
+        # Pages that wait may be written, and counters looked at.
+        other.client.sendall(SIMPLE.write(3, 0, bytes(make_data("text", 5, PAGE_SIZE))))
+        assert receive(other.client, REPLY_BYTES) == SIMPLE.done(3)
+        assert device.bd_stat().pages == 0
+        assert device.mm_stat() == recount(device, device.mm_stat())
+        bad.works.set()
+        assert receive(waiting.client, REPLY_BYTES) == SIMPLE.done(1)
+        assert receive(waiting.client, PAGE_SIZE) == make_data("text", 5, PAGE_SIZE)
+
+
+def test_a_store_that_hangs_holds_up_no_reset(medium: Path, tmp_path: Path) -> None:
+    words = Words(tmp_path / "state")
+    words.set("backing_dev", str(medium))
+    words.set("disksize", "1M")
+    device = words.disk.require_opened().device
+    write(device, 0, make_data("text", 1, SIZE))
+    bad = bad_medium(device)
+    bad.works.clear()
+    work = threading.Thread(target=words.set, args=("writeback", "page_indexes=0-99"))
+    work.start()
+    bad.entered.wait()
+    words.set("reset", "1")
+    words.set("disksize", "2M")
+    assert attributes.read(words.served, "mm_stat").split() == ["0"] * 9
+    assert attributes.read(words.served, "bd_stat").split() == ["0"] * 3
+    # What still writes to it has it.
+    with pytest.raises(OSError, match="another zramd has it"):
+        words.disk.require_opened().set_backing(medium)
+    bad.works.set()
+    work.join()
+    words.set("backing_dev", str(medium))
+    assert words.disk.bd_stat().pages == 0
 
 
 @pytest.mark.parametrize("how", ["missing", "another's", "damaged"])

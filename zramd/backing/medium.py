@@ -84,6 +84,7 @@ class Medium:
         finally:
             with self._changed:
                 self._users -= 1
+                self._close_unused()
                 self._changed.notify_all()
 
     def read(self, buffer: memoryview, offset: int) -> None:
@@ -125,13 +126,17 @@ class Medium:
         with self._open() as fd:
             os.fdatasync(fd)
 
-    def close(self) -> None:
-        """Close it as soon as nobody is reading or writing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Close it as soon as nobody is reading or writing, and `wait` for that. Until then nobody else can have it."""
         with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.wait_for(lambda: not self._users)
+            if not self._closed:
+                self._closed = True
+                self._close_unused()
+            if wait:
+                self._changed.wait_for(lambda: not self._users)
+
+    def _close_unused(self) -> None:
+        if self._closed and not self._users:
             os.close(self._fd)
 
 

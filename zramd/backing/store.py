@@ -14,7 +14,7 @@ have. A segment without any is given back to the medium and can be used again. W
 found by following their lengths.
 
 Methods that count ("the caller holds the device's lock") exclude each other. One thread at a time appends, flushes and
-reclaims. Any number may read.
+cleans. Any number may read, and give back what they have taken.
 """
 
 import errno
@@ -94,6 +94,7 @@ class Store:
         self._hint = 1
         self._free = segments - 1
         self._segment = 0  # that is written to; 0: none
+        self._ended: list[int] = []  # that were written to since it was last looked for emptied ones
         self._fill = self._written = 0  # bytes of it
         self._buffer = aligned_buffer(SEGMENT)
         self._reading = aligned_buffer(SEGMENT)
@@ -142,7 +143,8 @@ class Store:
         if self._nonce == self._last_nonce:
             # Noted first: a process that is killed uses none of these again.
             self._last_nonce += NONCES
-            self._kept[Kept.NONCES] = self._last_nonce
+            with self._lock:
+                self._kept[Kept.NONCES] = self._last_nonce
         self._nonce += 1
         return self._nonce - 1
 
@@ -167,10 +169,10 @@ class Store:
 
     def end_segment(self) -> None:
         """Append no more to the segment that is being filled, if there is one. What was appended has been flushed."""
-        # On the list as one without live objects, unless it gets some: then it is put there when it loses them.
-        if self._segment and not self.records[2 * self._segment + _LIVE]:
-            self._release(self._segment)
-        self._segment = 0
+        with self._lock:
+            if self._segment:
+                self._ended.append(self._segment)
+            self._segment = 0
 
     def begin_segment(self, spare: int = SPARE) -> None:
         """Begin to fill another segment, but leave some.
@@ -179,15 +181,16 @@ class Store:
             FullError: there is none.
         """
         self.end_segment()
-        if self._free <= spare:
-            raise FullError("the backing store is full")
-        found = self._state.find(_FREE, self._hint)
-        segment = found if found > 0 else self._state.index(_FREE)
-        self._state[segment] = _USED
-        self._hint = segment + 1
-        self._free -= 1
-        self._reused[segment] = (self._reused[segment] + 1) & 0xFFFFFFFF
-        self._segment, self._fill, self._written = segment, 0, 0
+        with self._lock:
+            if self._free <= spare:
+                raise FullError("the backing store is full")
+            found = self._state.find(_FREE, self._hint)
+            segment = found if found > 0 else self._state.index(_FREE)
+            self._state[segment] = _USED
+            self._hint = segment + 1
+            self._free -= 1
+            self._reused[segment] = (self._reused[segment] + 1) & 0xFFFFFFFF
+            self._segment, self._fill, self._written = segment, 0, 0
 
     def keep(self, place: int, length: int) -> None:
         """Count an object as live. The caller holds the device's lock."""
@@ -224,17 +227,25 @@ class Store:
         """Bytes of live objects."""
         return self.records[_LIVE] << BACKING_UNIT_SHIFT
 
+    @property
+    def has_emptied(self) -> bool:
+        """Say whether there may be something to take."""
+        return bool(self._ended) or self.records[_NEXT] != NOBODY
+
     def take_emptied(self) -> list[int]:
-        """Return segments that have lost their last live object, not all if they are many.
+        """Return segments without live objects that have to be given back, not all if they are many.
 
         The caller holds the device's lock.
         """
         records = self.records
-        found: list[int] = []
+        with self._lock:
+            ended, self._ended = self._ended, []
+        # Those that have got no objects, or lost them while they were being filled, are not on the list.
+        found = [segment for segment in ended if not any(records[2 * segment : 2 * segment + 2])]
         while records[_NEXT] != NOBODY and len(found) < 64:
             segment = records[_NEXT]
             records[_NEXT], records[2 * segment + _NEXT] = records[2 * segment + _NEXT], 0
-            # What is being filled is looked at when that ends. Others may be free already, or have got objects since.
+            # What is being filled is looked at when that has ended. Others may have got objects since.
             if segment != self._segment and self._state[segment] == _USED and not records[2 * segment + _LIVE]:
                 found.append(segment)
         return found
@@ -243,11 +254,9 @@ class Store:
         """Give segments without live objects back to the medium."""
         for segment in segments:
             self.medium.discard(segment << SEGMENT_SHIFT, SEGMENT)
-            self._release(segment)
-
-    def _release(self, segment: int) -> None:
-        self._state[segment] = _FREE
-        self._free += 1
+            with self._lock:
+                self._state[segment] = _FREE
+                self._free += 1
 
     @property
     def has_segments(self) -> bool:
@@ -292,9 +301,9 @@ class Store:
         start = (place << BACKING_UNIT_SHIFT) & (SEGMENT - 1)
         return self._sealer.unseal(number, length, self._reading[start:])
 
-    def close(self) -> None:
-        """Let go of the medium and of the words that are kept."""
-        self.medium.close()
+    def close(self, *, wait: bool = True) -> None:
+        """Let go of the medium (see `Medium.close`) and of the words that are kept."""
+        self.medium.close(wait=wait)
         with self._lock:
             self._kept.release()
             self._kept = memoryview(bytearray(Kept.END * WORD)).cast("Q")

@@ -1,5 +1,7 @@
 """Cleaning the backing store: what is live in sparse segments moves together, so that there are free ones again."""
 
+import threading
+
 from zramd.backing import DamagedObjectError, FullError, Store
 from zramd.device.slices import pause
 from zramd.device.zram import Device
@@ -17,6 +19,8 @@ AT_ONCE = 16
 """Segments that are cleaned before it is looked for the sparsest again."""
 BATCH = 64
 """Objects that are looked at, or moved, under one hold of the device's lock."""
+RECLAIM_SECONDS = 1.0
+"""How often it is looked for emptied segments."""
 
 _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
@@ -65,6 +69,7 @@ class _Mover:
                 continue
             if not self._backing.has_room(length):
                 self.publish()
+                self._backing.end_segment()
                 reclaim(self._device, self._backing)
                 self._backing.begin_segment(spare=0)
             self._pending.append((index, entry, self._backing.append(index, data)))
@@ -96,6 +101,25 @@ class _Mover:
                     if not device.retired and device.entry(index) == entry:
                         device.move_backed(index, place)
             pause()
+
+
+class Reclaimer:
+    """A thread that gives segments back soon after they have lost their last object."""
+
+    def __init__(self, device: Device, backing: Store) -> None:
+        self._device = device
+        self._backing = backing
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, name="reclaim", daemon=True).start()
+
+    def stop(self) -> None:
+        """Let it end soon."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(RECLAIM_SECONDS):
+            if self._backing.has_emptied:
+                reclaim(self._device, self._backing)
 
 
 def reclaim(device: Device, backing: Store) -> None:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from zramd.backing import DamagedObjectError, Store
 from zramd.device.algorithms import PRIMARY, Algorithms, store_codec
 from zramd.device.backing_dev import find_store, forget_store, load_path, make_store
+from zramd.device.cleaning import Reclaimer
 from zramd.device.codecs import Codec, codec
 from zramd.device.native import NativeDevice
 from zramd.device.state import Tables
@@ -38,6 +40,7 @@ DEFAULT_ALGORITHM = "lz4"
 
 _SUPERBLOCK, _PAGE_TABLE = "superblock", "page_table"
 _NEW_DICTIONARY = "dictionary.new"
+_ANY_REGION = re.compile(r"superblock|page_table|elements|accessed|handles|checksums|arena\d+|dictionary(\d|\.new)")
 _NO_REGION = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What opening a symbolic link, a directory or a socket fails with."""
 
@@ -91,6 +94,7 @@ class OpenDevice:
         self.regions: list[Region] = []
         self._ahead: Ahead | None = None
         self._backing: Store | None = None
+        self._reclaimer: Reclaimer | None = None
         self.backing_path: Path | None = None
         self.on_disk = store.on_disk()
         self.flush = self._flush if self.on_disk else None
@@ -131,6 +135,10 @@ class OpenDevice:
                     superblock.close()
             if identity is None and self._store.exists(_PAGE_TABLE):
                 raise StateError("there is a page table, but no superblock that belongs to it")
+            if identity is None:
+                # What is made may have fewer regions than what was left, and would never touch the others.
+                for name in filter(_ANY_REGION.fullmatch, self._store.names()):
+                    self._store.remove(name)
         except StateError as error:
             raise self._refusal(error) from error
         if identity is not None and wanted.grow and wanted.disksize is not None:
@@ -336,6 +344,15 @@ class OpenDevice:
             backing.close()
             raise
         self._backing = backing
+        self._reclaimer = Reclaimer(self.device, backing)
+
+    def _detach(self, *, wait: bool) -> None:
+        """Let go of the store; `wait` until nobody is reading from it or writing to it."""
+        if self._backing:
+            if self._reclaimer:
+                self._reclaimer.stop()
+            self._backing.close(wait=wait)
+            self._backing = None
 
     def set_backing(self, path: Path | None) -> None:
         """Have another backing store, or none. No page is written back, and nobody is just doing that.
@@ -345,8 +362,8 @@ class OpenDevice:
         """
         if self._backing:
             self.device.attach(None)
-            self._backing.close()
-            self._backing = None
+            # Somebody may still read what was overwritten since: not waited for, it may hang.
+            self._detach(wait=False)
         self.backing_path = None
         forget_store(self._superblock.words)
         if path:
@@ -376,9 +393,7 @@ class OpenDevice:
     def close(self) -> None:
         """Unmap the regions. Nobody may use the device any more."""
         self._stop_ahead()
-        if self._backing:
-            self._backing.close()
-            self._backing = None
+        self._detach(wait=True)
         for region in self.regions:
             region.close()
         self.regions.clear()
@@ -400,6 +415,9 @@ class OpenDevice:
         self._stop_ahead()
         with self.device.lock:
             self.device.retire()
+        # Who opens it next may write where this is still writing. Others may look at the counters meanwhile.
+        self._detach(wait=True)
+        with self.device.lock:
             self.close()
 
     def _stop_ahead(self) -> None:
@@ -423,6 +441,8 @@ class OpenDevice:
                 regions[name].punch(0, regions[name].size)
             for name in (*regions, _NEW_DICTIONARY):
                 self._store.remove(name)
+            # A store that hangs holds up no reset.
+            self._detach(wait=False)
             self.close()
 
 

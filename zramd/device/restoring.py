@@ -154,7 +154,7 @@ def fill(device: Device, header: Header, source: Source, mem_limit: int, work: W
 
 def _check(chunk: Chunk, device: Device) -> None:
     """Check that a chunk's entries are such as a device has."""
-    codecs, huge_limit = device.identity.algorithms.codecs, device.pool.geometry.huge_limit
+    codecs = device.identity.algorithms.codecs
     for entry, pages in chunk.runs:
         state, size = entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK, data_bytes(entry)
         if state == PageState.EMPTY:
@@ -164,7 +164,8 @@ def _check(chunk: Chunk, device: Device) -> None:
         elif state == PageState.HUGE:
             fits = size == PAGE_SIZE
         else:
-            fits = state == PageState.COMPRESSED and 0 < size < huge_limit and codecs[codec_number(entry)] is not None
+            # What recompression made may be larger than what a write would have left compressed.
+            fits = state == PageState.COMPRESSED and 0 < size < PAGE_SIZE and codecs[codec_number(entry)] is not None
         if not fits or not pages or entry & ENTRY_RESERVED_MASK:
             raise ImageError(f"an entry among the pages from {chunk.first} on makes no sense: {entry:#x}")
     if sum(pages * data_bytes(entry) for entry, pages in chunk.runs) != len(chunk.data):

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from xxhash import xxh3_128
 
@@ -28,7 +29,7 @@ class _Output:
         self._target = os.dup(target)
         self._parts: queue.Queue[list[bytes] | None] = queue.Queue(QUEUED)
         self._whole = xxh3_128()
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="save", daemon=True).start()
 
@@ -64,8 +65,10 @@ class _Output:
     def abandon(self) -> None:
         """Write no more. What is being written may take as long as it likes."""
         self._error = self._error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-        while not self._parts.empty():
-            self._parts.get_nowait()
+        # The thread takes from it as well.
+        with suppress(queue.Empty):
+            while True:
+                self._parts.get_nowait()
         self._parts.put_nowait(None)
 
     def _run(self) -> None:
@@ -76,7 +79,7 @@ class _Output:
                     self._write(part)
             if not self._error:
                 self._write(self._whole.digest())
-        except OSError as error:
+        except Exception as error:  # whatever it is, what is there is no image
             self._error = error
         finally:
             os.close(self._target)

@@ -51,6 +51,7 @@ def store_identity(words: memoryview, identity: Identity, magic: int = MAGIC) ->
     _store_bytes(words, Superblock.UUID, identity.uuid.bytes)
     for number, chosen in enumerate(identity.algorithms.codecs):
         store_codec(words, number, chosen)
+    words[Superblock.ALTERNATES] = identity.algorithms.alternates
     note_boot(words)
     words[Superblock.MAGIC] = magic
 

@@ -109,7 +109,7 @@ class Writeback:
         Raises:
             LimitError: the limit is used up, and there was more to write.
             FullError: the store is full, and there was more to write.
-            OSError: the store could not write some of it; that is still in memory.
+            OSError: the store could not write some of it; that, and what would have come after it, is still in memory.
             PageError: a page is damaged in memory.
         """
         buckets = [array("Q") for _ in range(PAGE_SIZE // BUCKET_BYTES + 1)]
@@ -123,7 +123,7 @@ class Writeback:
         try:
             # The kernel takes the largest first, and of one bucket the page that was found last.
             for bucket in reversed(buckets):
-                while bucket and left and not self.work.cancelled and not self._device.retired:
+                while bucket and left and not self._is_to_stop:
                     size = min(self._batch, left)
                     batch = bucket[-size:]
                     del bucket[-size:]
@@ -137,6 +137,10 @@ class Writeback:
         if self._failure:
             raise self._failure
         return self.outcome
+
+    @property
+    def _is_to_stop(self) -> bool:
+        return self.work.cancelled or self._device.retired or self._failure is not None
 
     def _scan(self, number: int, buckets: list["array[int]"]) -> Iterator[None]:
         selection, earlier = self._selections[number], self._selections[:number]
@@ -204,6 +208,7 @@ class Writeback:
         if backing.has_room(length):
             return
         self._flush()
+        backing.end_segment()
         reclaim(self._device, backing)
         if not backing.has_segments:
             clean(self._device, backing)
