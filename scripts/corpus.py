@@ -24,7 +24,7 @@ FILES = {
     "source": (["/usr/lib/python3", "/usr/lib/python3.11", "/usr/include", str(BUILD.parent)], ["*.py", "*.h", "*.c"]),
     "text": (["/usr/share", "/etc", "/var/lib/dpkg"], ["*.txt", "*.html", "*.xml", "*.conf", "*.list", "*.md", "*.po"]),
 }
-MOST_PAGES = 256  # of one file, so that a few large ones are not all
+MOST_PAGES = 2048  # of one file, so that a few large ones are not all
 
 
 @dataclass(frozen=True, slots=True)

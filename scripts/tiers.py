@@ -39,7 +39,7 @@ from zramd.layout import PAGE_SIZE
 from zramd.status.client import ask
 
 IDLE_SECONDS = 5.0
-LEAST_READS = 1000
+LEAST_READS = 100
 BLOCK = 128 << 10
 
 
@@ -107,14 +107,14 @@ class Lab:
 
     def __init__(self, server: Zramd, corpus: Corpus, interrupt: Interrupt, progress: Progress) -> None:
         self.server = server
-        self._pages = corpus.size // PAGE_SIZE
+        self.pages = corpus.size // PAGE_SIZE
         self._interrupt = interrupt
         self._progress = progress
 
     def reads(self, work: Callable[[], object]) -> tuple[Latency, float]:
         """Return how long reads take while `work` is done, and the seconds that takes."""
         self._interrupt.check()
-        reader = Reader(self.server.uri, self._pages)
+        reader = Reader(self.server.uri, self.pages)
         started = time.monotonic()
         reader.start()
         try:
@@ -185,8 +185,8 @@ def works(lab: Lab, directory: Path) -> Iterator[tuple[Beside, str]]:
     yield lab.beside("compact", word("compact 1")), "zstd 9, compacted"
     yield lab.beside("train", word("train level=9 priority=3 install=1")), ""
     yield lab.beside("recompress, zstd 9 with a dictionary", word("recompress priority=3")), "zstd 9 with a dictionary"
-    word("compact 1")()
-    yield lab.beside("writeback", word("writeback page_indexes=0-131071")), "half of them written back"
+    yield lab.beside("compact again", word("compact 1")), "zstd 9 with a dictionary, compacted"
+    yield lab.beside("writeback", word(f"writeback page_indexes=0-{lab.pages // 2 - 1}")), "half of them written back"
 
 
 def report(tiers: list[tuple[str, int]], found: list[Beside], stored: int) -> Iterator[str]:
@@ -211,7 +211,7 @@ def report(tiers: list[tuple[str, int]], found: list[Beside], stored: int) -> It
 def main(size: int, output: Path | None) -> None:
     """Measure what recompression, dictionaries and writeback save, and what reads of 4 KiB wait beside them.
 
-    The pages are real: programs, libraries, source, text, and memory of processes of this machine, in equal parts.
+    The pages are real: programs, libraries, source, text, and memory of processes, each as much as this machine has.
     """
     machine, progress = this_machine(), Progress()
     with ending_well() as interrupt, ExitStack() as undo:
@@ -221,7 +221,7 @@ def main(size: int, output: Path | None) -> None:
         on_disk = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="zramd-tiers-", dir="/var/tmp")))
         progress.note("collecting pages")
         corpus = collect(size * MIB, interrupt)
-        progress.begin(13)
+        progress.begin(14)
         tiers = list(others(directory, corpus, interrupt, progress))
         algorithms = "lz4 zstd(level=3) zstd(level=9)"
         server = Zramd(directory, corpus.size, best_engine(), algorithms)

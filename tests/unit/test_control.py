@@ -11,7 +11,8 @@ import zstandard
 
 from tests.property.test_device import make_data, read, write
 from zramd.device import codecs
-from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.disk import Disk
+from zramd.device.life import BusyError, UninitialisedError
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE

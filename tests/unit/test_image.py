@@ -19,9 +19,10 @@ from zramd.device import snapshot
 from zramd.device.cleaning import clean
 from zramd.device.codecs import CodecError, Parameters
 from zramd.device.counters import MmStat
-from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
 from zramd.device.image import VERSION, ImageError, pack_chunk
+from zramd.device.life import BusyError, UninitialisedError
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.recompression import Recompression
 from zramd.device.snapshot import CHUNK_PAGES, Snapshot, SnapshotLostError, data_bytes

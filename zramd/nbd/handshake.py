@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zramd.device.disk import UninitialisedError
+from zramd.device.life import UninitialisedError
 from zramd.device.opening import OpenDevice
 from zramd.nbd.block_status import CONTEXT_NAMES, Context, find_contexts
 from zramd.nbd.export import MINIMUM_BLOCK, PREFERRED_BLOCK, Export, Exports, uuid_of

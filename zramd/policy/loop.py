@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
+from zramd.device.life import BusyError, UninitialisedError
 from zramd.device.survey import Survey
 from zramd.device.writeback import Selection, WritebackType
 from zramd.layout import PAGE_SIZE

@@ -11,7 +11,8 @@ from pathlib import Path
 from zramd import __version__
 from zramd.device import codecs
 from zramd.device.block_state import block_state
-from zramd.device.disk import Disk, UninitialisedError
+from zramd.device.disk import Disk
+from zramd.device.life import UninitialisedError
 from zramd.device.zram import Device
 from zramd.layout import PRIORITIES
 from zramd.native import choose

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from datetime import datetime
 
 from zramd.device.codecs import parse_parameters, split_words
-from zramd.device.disk import BusyError, Disk, UninitialisedError
+from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
+from zramd.device.life import BusyError, UninitialisedError
 from zramd.device.recompression import PAGE_TYPES, Recompression
 from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
