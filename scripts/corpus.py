@@ -1,7 +1,7 @@
 """Real pages: a file of 4 KiB pages collected from this machine, the same for every server and every codec.
 
-It has equal parts of programs, libraries, source, other text, and memory of running processes. It is kept under build/,
-readable for its owner only, since memory may hold secrets.
+It has programs, libraries, source, other text, and memory of processes, in equal parts if there is enough. It is kept
+under build/, readable for its owner only, since memory may hold secrets.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Long work on a device, in slices of about a millisecond beside I/O."""
+"""Long work on a device, in slices of a fraction of a millisecond beside I/O."""
 
 import time
 from collections.abc import Iterator
