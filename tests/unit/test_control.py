@@ -187,7 +187,7 @@ def test_a_forced_reset_hangs_up_and_lets_nobody_in_until_it_is_done(words: Word
 
 
 def test_a_client_that_does_not_go_keeps_its_disk(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zramd.device.disk.RESET_SECONDS", 0.05)
+    monkeypatch.setattr("zramd.device.life.RESET_SECONDS", 0.05)
     words.set("disksize=1M")
     with words.disk.connected(lambda: None):
         with pytest.raises(BusyError, match="did not end"):
@@ -328,7 +328,7 @@ def test_stop_is_refused_while_the_machine_swaps_to_the_disk_unless_it_is_forced
 
 
 def test_a_disk_grows_and_keeps_what_it_holds(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zramd.device.disk.RESET_SECONDS", 0.01)
+    monkeypatch.setattr("zramd.device.life.RESET_SECONDS", 0.01)
     words.refuses("grow=8M", "EINVAL zram3 is not")
     words.set("mem_limit=1M", "disksize=4M")
     data = make_data("text", 1, PAGE_SIZE)
