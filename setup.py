@@ -1,6 +1,8 @@
 """Builds the compiled engine, where it can be built; everything else is in pyproject.toml.
 
-Its constants are those of zramd/layout.py and zramd/nbd/protocol.py: a header is generated from them.
+Man pages and completions are made of the commands' help, and installed with it.
+
+The engine's constants are those of zramd/layout.py and zramd/nbd/protocol.py: a header is generated from them.
 
 The variable ZRAMD_SANITIZE (address or thread) builds it with sanitizers, for scripts/sanitize.
 """
@@ -79,6 +81,17 @@ class BuildEngine(build_ext):
                 stale.unlink()  # of another layout, perhaps
 
 
+def manual() -> list[tuple[str, list[str]]]:
+    """Make man pages and completions. Return them by the directory below the prefix that they go to."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from zramd.cli.manual import write
+    except ImportError as error:
+        print(f"zramd: without man pages and completions: {error}", file=sys.stderr)
+        return []
+    return list(write(Path("build") / "manual").items())
+
+
 sanitize = SANITIZERS.get(os.environ.get("ZRAMD_SANITIZE", ""), [])
 engine = Extension(
     "zramd.native.engine",
@@ -89,4 +102,4 @@ engine = Extension(
     extra_compile_args=["-O2", "-g1", *sanitize],
     extra_link_args=sanitize,
 )
-setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})
+setup(ext_modules=[engine], data_files=manual(), cmdclass={"build_ext": BuildEngine})

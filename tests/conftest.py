@@ -41,6 +41,7 @@ NO_ENGINE = {
     "test_identity",
     "test_keeper",
     "test_log",
+    "test_manual",
     "test_memory",
     "test_native",
     "test_netlink",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import ServerProcess, start_server, wait_until_served
 from tests.nbd_bytes import (
@@ -482,8 +483,8 @@ def test_a_busy_tcp_port_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_an_example(verb: str) -> None:
     for flag in ("--help", "-h"):
-        done = zramd(verb, flag)
-        assert (done.returncode, done.stderr) == (0, "")
+        done = CliRunner().invoke(main, [verb, flag], prog_name="zramd")
+        assert (done.exit_code, done.stderr) == (0, "")
         assert done.stdout.startswith("Usage: ")
         assert "Example" in done.stdout
         assert f"zramd {verb}" in done.stdout.partition("Example")[2]
@@ -507,6 +508,7 @@ def test_the_engine_is_told_and_can_be_chosen() -> None:
 def test_the_version_is_told() -> None:
     assert zramd("version").stdout == f"zramd {__version__}\n"
     assert zramd("--version").stdout == f"zramd {__version__}\n"
+    assert zramd("--version", "-v").stdout == zramd("version", "-v").stdout
 
 
 # The client verbs

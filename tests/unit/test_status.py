@@ -17,7 +17,7 @@ from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import listen_unix
-from zramd.status.attributes import NAMES, Served
+from zramd.status.attributes import NAMES, STREAMED, Served
 from zramd.status.client import StatusError, ask
 from zramd.status.control import WORDS
 from zramd.status.server import MAX_LINE, AdminServer, StatusServer
@@ -69,6 +69,11 @@ def fill(opened: OpenDevice) -> None:
 
 
 # The texts
+
+
+def test_help_names_what_can_be_read_and_behind_the_admin_socket_what_can_be_changed(path: Path) -> None:
+    assert ask(path.with_name("status"), "help").splitlines() == list(NAMES)
+    assert ask(path, "help").splitlines() == [*NAMES, *STREAMED, *(f"{word} VALUE" for word in WORDS)]
 
 
 def test_an_empty_device_has_these_texts(path: Path) -> None:

@@ -4,53 +4,96 @@ import importlib
 
 import click
 
-from zramd import __version__
-
 _VERBS = {
-    "serve": "zramd.cli.serve:serve",
-    "status": "zramd.cli.stat:status",
-    "stat": "zramd.cli.stat:stat",
-    "set": "zramd.cli.control:set_attributes",
-    "compact": "zramd.cli.control:compact",
-    "idle": "zramd.cli.work:idle",
-    "recompress": "zramd.cli.work:recompress",
-    "writeback": "zramd.cli.work:writeback",
-    "policy": "zramd.cli.policy:policy",
-    "estimate": "zramd.cli.trials:estimate",
-    "train": "zramd.cli.trials:train",
-    "block-state": "zramd.cli.stat:block_state",
-    "grow": "zramd.cli.control:grow",
-    "save": "zramd.cli.image:save",
-    "restore": "zramd.cli.image:restore",
-    "reset": "zramd.cli.control:reset",
-    "stop": "zramd.cli.control:stop",
-    "attach": "zramd.cli.attach:attach",
-    "detach": "zramd.cli.attach:detach",
-    "swapon": "zramd.cli.swap:swapon",
-    "swapoff": "zramd.cli.swap:swapoff",
-    "doctor": "zramd.cli.doctor:doctor",
-    "bench": "zramd.cli.bench:bench",
-    "version": "zramd.cli.version:version",
+    "serve": ("zramd.cli.serve:serve", "Serve disks over NBD until SIGINT or SIGTERM."),
+    "status": ("zramd.cli.stat:status", "Show the disks that are served in a table."),
+    "stat": ("zramd.cli.stat:stat", "Print an attribute of a disk as the kernel does."),
+    "set": ("zramd.cli.control:set_attributes", "Change attributes of a disk."),
+    "compact": ("zramd.cli.control:compact", "Give the memory between compressed pages back."),
+    "idle": ("zramd.cli.work:idle", "Mark pages as idle that were not used for a while."),
+    "recompress": ("zramd.cli.work:recompress", "Compress pages anew, to smaller ones."),
+    "writeback": ("zramd.cli.work:writeback", "Write pages to the backing store."),
+    "policy": ("zramd.cli.policy:policy", "Say what the policy did, or would do, and why."),
+    "estimate": ("zramd.cli.trials:estimate", "Tell what a disk would take with each algorithm."),
+    "train": ("zramd.cli.trials:train", "Train a dictionary on the pages of a disk."),
+    "bench": ("zramd.cli.bench:bench", "Tell what your data would take with each algorithm."),
+    "block-state": ("zramd.cli.stat:block_state", "Print what each page of a disk is."),
+    "grow": ("zramd.cli.control:grow", "Make a disk larger while it is used."),
+    "save": ("zramd.cli.image:save", "Save what a disk holds to a file or a pipe."),
+    "restore": ("zramd.cli.image:restore", "Make a disk what was saved."),
+    "reset": ("zramd.cli.control:reset", "Throw the contents of a disk away."),
+    "stop": ("zramd.cli.control:stop", "End the server."),
+    "attach": ("zramd.cli.attach:attach", "Make a disk a block device."),
+    "detach": ("zramd.cli.attach:detach", "Undo an attach."),
+    "swapon": ("zramd.cli.swap:swapon", "Swap to a block device that was attached."),
+    "swapoff": ("zramd.cli.swap:swapoff", "Stop swapping to it."),
+    "doctor": ("zramd.cli.doctor:doctor", "Tell what this machine lacks for it all."),
+    "completion": ("zramd.cli.completion:completion", "Print what makes a shell complete this command."),
+    "version": ("zramd.cli.version:version", "Print the version."),
 }
+"""Where each verb is defined, and what the list of all says of it."""
+
+
+class _Verb(click.Command):
+    """A verb that is imported when it is used: a client verb starts without the codecs and the server."""
+
+    def __init__(self, name: str, path: str, short_help: str) -> None:
+        super().__init__(name, help=short_help)
+        self._path = path
+
+    def load(self) -> click.Command:
+        """Return the verb itself."""
+        module, name = self._path.split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        """Parse the verb's arguments; the context is of the verb itself, which then runs."""
+        return self.load().make_context(info_name, args, parent, **extra)
 
 
 class _Verbs(click.Group):
-    """Imports a verb when it is used: a client verb starts without the codecs and the server."""
-
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
-            return None
-        module, name = _VERBS[cmd_name].split(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
-        return command
+        return _Verb(cmd_name, *_VERBS[cmd_name]) if cmd_name in _VERBS else None
+
+
+def load_verbs() -> dict[str, click.Command]:
+    """Import all verbs, and return them by name."""
+    return {name: _Verb(name, *verb).load() for name, verb in _VERBS.items()}
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from zramd.cli.version import version
+
+        context.invoke(version, verbose=context.meta.get("verbose", False))
+        context.exit()
+
+
+def _note_verbose(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    context.meta["verbose"] = wanted
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, "-V", "--version", message="zramd %(version)s")
-def main() -> None:
+@click.option(
+    "-V", "--version", is_flag=True, expose_value=False, callback=_print_version, help="Print the version and exit."
+)
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_note_verbose,
+    help="With --version: also the engine and the libraries.",
+)
+@click.pass_context
+def main(context: click.Context) -> None:
     """Serve a compressed block device in memory over NBD: a userspace zram.
 
     \b
@@ -58,3 +101,5 @@ def main() -> None:
       zramd serve --size 4G --algorithm zstd
       zramd status
     """
+    if context.meta["verbose"]:
+        raise click.UsageError("-v goes with --version")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from zramd.cli.completion import complete_words
 from zramd.cli.options import Parsed, admin_option
 from zramd.cli.stat import disk_socket, request
 from zramd.layout import PAGE_SIZE
@@ -12,7 +13,7 @@ from zramd.sizes import format_size, parse_size
 
 
 @click.command("set")
-@click.argument("assignments", metavar="NAME=VALUE...", nargs=-1, required=True)
+@click.argument("assignments", metavar="NAME=VALUE...", nargs=-1, required=True, shell_complete=complete_words)
 @admin_option
 def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
     """Change attributes of a running server, one after the other.

@@ -1,10 +1,14 @@
 """Option types that several verbs use, and the option that every client verb has."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from zramd.cli.completion import complete_sockets
+from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Value = TypeVar("Value")
@@ -25,21 +29,27 @@ class Parsed(click.ParamType[Value]):
             self.fail(str(error), param, ctx)
 
 
+def later(module: str, name: str) -> Callable[[str], Any]:
+    """Return a function of a module that is imported when it is called: for help, it is not needed."""
+    return lambda text: getattr(importlib.import_module(module), name)(text)
+
+
 def status_option(command: Command) -> Command:
     """Add --status to a client verb."""
-    return click.option(
-        "--status",
-        "socket",
-        type=click.Path(path_type=Path),
-        help="Status socket of the disk. Default: that of the one disk that is served.",
-    )(command)
+    return _socket_option(STATUS_SUFFIX)(command)
 
 
 def admin_option(command: Command) -> Command:
     """Add --admin to a verb that changes something."""
+    return _socket_option(ADMIN_SUFFIX)(command)
+
+
+def _socket_option(suffix: str) -> Callable[[Command], Command]:
+    kind = suffix[1:]
     return click.option(
-        "--admin",
+        f"--{kind}",
         "socket",
         type=click.Path(path_type=Path),
-        help="Admin socket of the disk. Default: that of the one disk that is served.",
-    )(command)
+        shell_complete=complete_sockets(suffix),
+        help=f"{kind.capitalize()} socket of the disk. Default: that of the one disk that is served.",
+    )

@@ -2,25 +2,20 @@
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from zramd.cli.options import Parsed
-from zramd.config import ConfigError, find_group, load, parse_address
-from zramd.daemon import DaemonError, run
-from zramd.daemon import check as daemon_check
-from zramd.device.choice import Choice, parse_choice
-from zramd.device.opening import Wanted
-from zramd.log import start_log
-from zramd.native import EngineError, choose
-from zramd.nbd.tls import TlsMode, TlsSettings
+from zramd.cli.options import Parsed, later
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
-from zramd.policy.rules import Rules
-from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
+if TYPE_CHECKING:
+    from zramd.device.choice import Choice
+
 SIZE = Parsed("size", parse_size)
+GROUP = Parsed("group", later("zramd.config", "find_group"))
 SOCKET = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -35,21 +30,25 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--algorithm",
-    type=Parsed("algorithm", parse_choice),
+    type=Parsed("algorithm", later("zramd.device.choice", "parse_choice")),
     help="lz4, lz4hc or zstd; with parameters: 'zstd(level=9,dict=/PATH)'. After blanks more, to recompress with. "
     "Default: lz4.",
 )
 @click.option("--unix", type=SOCKET, help="NBD socket to listen on.")
 @click.option(
     "--tcp",
-    type=Parsed("host:port", parse_address),
+    type=Parsed("host:port", later("zramd.config", "parse_address")),
     help="TCP address to listen on instead of a Unix socket, or beside it. Not beyond loopback without TLS.",
 )
 @click.option("--stdio", is_flag=True, help="Serve the one client on standard input, keep nothing, and end with it.")
 @click.option("--tls", type=click.Path(path_type=Path), help="Require TLS, with the certificates in this directory.")
 @click.option("--read-only", is_flag=True, help="Let clients change nothing.")
 @click.option("--status", type=SOCKET, help="Socket to listen on for those who read attributes.")
-@click.option("--status-group", type=Parsed("group", find_group), help="Group that may read. Default: only you.")
+@click.option(
+    "--status-group",
+    type=Parsed("group", later("zramd.config", "find_group")),
+    help="Group that may read. Default: only you.",
+)
 @click.option("--admin", type=SOCKET, help="Socket for changes. Default: as --status, but ending in .admin.")
 @click.option("--state", type=click.Path(path_type=Path), help="Directory that keeps the contents over a restart.")
 @click.option("--volatile", is_flag=True, help="Keep nothing: the contents go when the server ends.")
@@ -73,7 +72,7 @@ def serve(
     context: click.Context,
     config: Path | None,
     size: int | None,
-    algorithm: Choice | None,
+    algorithm: "Choice | None",
     unix: Path | None,
     tcp: tuple[str, int] | None,
     stdio: bool,
@@ -102,6 +101,16 @@ def serve(
       zramd serve --size 4G --algorithm 'zstd(level=3)' --mem-limit 1G
       zramd serve --config /etc/zramd/zramd.toml
     """
+    from zramd.config import ConfigError, load
+    from zramd.daemon import DaemonError, run
+    from zramd.daemon import check as daemon_check
+    from zramd.device.opening import Wanted
+    from zramd.log import start_log
+    from zramd.native import EngineError, choose
+    from zramd.nbd.tls import TlsMode, TlsSettings
+    from zramd.policy.rules import Rules
+    from zramd.settings import DiskSettings, Settings, UnixAddress
+
     if state is not None and volatile:
         raise click.UsageError("--state and --volatile exclude each other")
     start_log()

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from zramd.cli.completion import complete_attributes
 from zramd.cli.options import admin_option, status_option
 from zramd.layout import PAGE_SIZE
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX
@@ -31,7 +32,7 @@ def disk_socket(given: Path | None, suffix: str) -> Path:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_attributes)
 @click.option("--human", is_flag=True, help="For `classes`: only what is in use, with bars for occupancy.")
 @status_option
 def stat(name: str, human: bool, socket: Path | None) -> None:

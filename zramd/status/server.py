@@ -3,6 +3,7 @@
     mm_stat              the text of the attribute, exactly as sysfs would print it, and a blank line
     mem_limit 512M       changes it; the answer is only the blank line
     recompress type=idle long work; the answer is a line on what was done, and the blank line
+    help                 all names that can be read, and those that can be changed with VALUE behind
     anything refused     error: ERRNO what was wrong
 
 A connection may ask any number of times. `save` and `restore` work on a file, or a pipe, that the client has open: its
@@ -14,11 +15,12 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterable
 
 from zramd.listeners import Connections, peer_ids
-from zramd.status.attributes import STREAMED, AttributeRefusedError, Served, read, stream
+from zramd.status.attributes import NAMES, STREAMED, AttributeRefusedError, Served, read, stream
 from zramd.status.caller import Caller
-from zramd.status.control import write
+from zramd.status.control import WORDS, write
 
 MAX_LINE = 4096
 """Bytes in a request."""
@@ -31,7 +33,13 @@ SEND_SECONDS = 5.0
 READ_PAUSE = 0.001
 """Readers take turns, an answer or a connection in this many seconds: what they ask for costs I/O time."""
 
+HELP = "help"
+
 log = logging.getLogger(__name__)
+
+
+def _lines(names: Iterable[str]) -> str:
+    return "".join(f"{name}\n" for name in names)
 
 
 class StatusServer(Connections):
@@ -83,7 +91,7 @@ class StatusServer(Connections):
             raise AttributeRefusedError(f"EACCES this socket is for reading; changes go to {self._served.admin}")
         with self._turn:
             time.sleep(READ_PAUSE)
-            return read(self._served, name)
+            return _lines(NAMES) if name == HELP else read(self._served, name)
 
 
 class AdminServer(StatusServer):
@@ -104,6 +112,8 @@ class AdminServer(StatusServer):
         super()._answer_lines(sock)
 
     def _carry_out(self, name: str, value: str, caller: Caller) -> str:
+        if name == HELP:
+            return _lines((*NAMES, *STREAMED, *(f"{word} VALUE" for word in WORDS)))
         if not value:
             return read(self._served, name)
         return write(self._served, name, value, caller)
