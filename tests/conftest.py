@@ -38,6 +38,7 @@ NO_ENGINE = {
     "test_engines",
     "test_example_config",
     "test_handshake",
+    "test_http",
     "test_identity",
     "test_keeper",
     "test_log",
@@ -48,6 +49,7 @@ NO_ENGINE = {
     "test_noswap",
     "test_notify",
     "test_options",
+    "test_page_map",
     "test_policy",
     "test_policy_loop",
     "test_pool",
@@ -57,6 +59,7 @@ NO_ENGINE = {
     "test_swaps",
     "test_two_servers",
     "test_units",
+    "test_web",
 }
 """Modules for which it is all the same which engine runs the hot path, or which run both."""
 

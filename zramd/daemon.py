@@ -45,7 +45,10 @@ from zramd.reclaim import Measure, protect, protect_thread
 from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
+from zramd.status.history import History
+from zramd.status.http import HttpServer
 from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
+from zramd.status.web import Web
 from zramd.supervisor import HAND_OVER, supervise
 
 STACK_BYTES = 512 << 10
@@ -165,6 +168,7 @@ class _Daemon:
             sockets.callback(address.path.unlink, missing_ok=True)
         for host, port in settings.tcp:
             listeners += listen_tcp(host, port)
+        pages = _listen_for_browsers(*settings.web) if settings.web else []
         for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
         self.disks = [(_open_disk(chosen, swap=settings.swap), chosen) for chosen in settings.disks]
@@ -172,9 +176,11 @@ class _Daemon:
         self._server = server = Server(
             Exports(exports), settings.limits, settings.access, tls.mode, context, self._enter_thread
         )
+        self._served: list[Served] = []
         for disk, chosen in self.disks:
             self._serve_attributes(disk, chosen)
         sockets.callback(_stop, server)
+        self._serve_web(pages)
         for listener in listeners:
             server.accept_on(listener)
         if client is not None:
@@ -236,6 +242,7 @@ class _Daemon:
             partial(os.kill, os.getpid(), HAND_OVER),
             partial(_control_policy, policy),
         )
+        self._served.append(served)
         status_name, admin_name = _socket_names(self._settings, chosen)
         reading = self._named.get(status_name)
         if reading is None:
@@ -251,6 +258,18 @@ class _Daemon:
         admin.accept_on(changing)
         self._sockets.callback(status.stop, 0)
         self._sockets.callback(admin.stop, 0)
+
+    def _serve_web(self, listeners: list[socket.socket]) -> None:
+        """Open the page for browsers, if it has any listeners."""
+        if not listeners:
+            return
+        history = History([served.disk for served in self._served])
+        history.start()
+        self._sockets.callback(history.stop)
+        server = HttpServer(Web(self._served, history).paths())
+        for listener in listeners:
+            server.accept_on(listener, READ_PAUSE)
+        self._sockets.callback(server.stop, 0)
 
     def _uris(self, name: str) -> tuple[str, ...]:
         """Return where clients find a disk; the first needs no name."""
@@ -286,6 +305,8 @@ class _Daemon:
 
     def _advice(self) -> Iterator[str]:
         first = self._settings.disks[0]
+        if self._settings.web:
+            yield f"page:    http://{_authority(*self._settings.web)}/"
         command = self._attach_command()
         if command:
             yield f"attach:  {command}"
@@ -327,6 +348,21 @@ def _require_private(settings: Settings, public: bool) -> None:
             "an address that is not loopback would show the memory of this machine's processes to the network: "
             "require TLS, or set plain-tcp-beyond-loopback = true in [server]"
         )
+
+
+def _listen_for_browsers(host: str, port: int) -> list[socket.socket]:
+    """Listen for those who look at the page, who show no certificate.
+
+    Raises:
+        DaemonError: others than users of this machine could.
+        ListenError: the address cannot be used.
+    """
+    listeners = listen_tcp(host, port)
+    if any(map(is_public, listeners)):
+        raise DaemonError(
+            f"the page is for this machine's browsers: a loopback address, not {host or 'all'}; ssh -L takes it further"
+        )
+    return listeners
 
 
 def _stop(server: Server) -> None:

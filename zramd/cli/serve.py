@@ -40,6 +40,11 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     type=Parsed("host:port", later("zramd.config", "parse_address")),
     help="TCP address to listen on instead of a Unix socket, or beside it. Not beyond loopback without TLS.",
 )
+@click.option(
+    "--web",
+    type=Parsed("host:port", later("zramd.config", "parse_address")),
+    help="Loopback address for browsers: a page on what the disk holds and does, for every user of this machine.",
+)
 @click.option("--stdio", is_flag=True, help="Serve the one client on standard input, keep nothing, and end with it.")
 @click.option("--tls", type=click.Path(path_type=Path), help="Require TLS, with the certificates in this directory.")
 @click.option("--read-only", is_flag=True, help="Let clients change nothing.")
@@ -75,6 +80,7 @@ def serve(
     algorithm: "Choice | None",
     unix: Path | None,
     tcp: tuple[str, int] | None,
+    web: tuple[str, int] | None,
     stdio: bool,
     tls: Path | None,
     read_only: bool,
@@ -113,6 +119,8 @@ def serve(
 
     if state is not None and volatile:
         raise click.UsageError("--state and --volatile exclude each other")
+    if stdio and web is not None:
+        raise click.UsageError("--stdio and --web exclude each other")
     start_log()
     try:
         choose()
@@ -146,6 +154,7 @@ def serve(
                 ),
                 unix=(UnixAddress(unix),) if unix else (),
                 tcp=(tcp,) if tcp else (),
+                web=web,
                 swap=swap,
                 stdio=stdio,
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),

@@ -154,6 +154,10 @@ class DeviceState:
         """Return a byte for each chunk of the page table, 0 if it has no page. The caller holds the lock."""
         return bytearray(self._table.ready)
 
+    def copy_chunk(self, chunk: int) -> bytes:
+        """Return the entries of a chunk of the page table that is in use, 8 bytes each. The caller holds the lock."""
+        return self._table.words[chunk << TABLE_CHUNK_SHIFT : chunk + 1 << TABLE_CHUNK_SHIFT].tobytes()
+
     def states(self, first: int, end: int) -> list[Run]:
         """Return what the pages from `first` to `end` - 1 are, or the first of them: see `state_runs`."""
         return list(state_runs(self._table, first, end))
