@@ -36,6 +36,7 @@ NO_ENGINE = {
     "test_config",
     "test_doctor",
     "test_engines",
+    "test_errors",
     "test_example_config",
     "test_handshake",
     "test_http",

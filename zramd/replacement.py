@@ -23,6 +23,8 @@ def replaced(path: Path) -> Iterator[int]:
     Raises:
         OSError: it cannot be written; or `path` is something else than a file, such as a symbolic link.
     """
+    if not path.name:
+        raise OSError(errno.EISDIR, "it is no file")
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = f".{path.name}.{os.getpid()}"
     try:

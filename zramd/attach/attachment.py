@@ -1,5 +1,6 @@
 """What the ways to attach an export have in common: what they give, what can be wrong, and how they run tools."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def require_root() -> None:
         NotRootError: it may not.
     """
     if os.geteuid() != 0:
-        raise NotRootError("attaching a block device needs root: run this again with sudo")
+        raise NotRootError("block devices and swap are for root: run this again with sudo")
 
 
 def claim(device: Path) -> int:
@@ -65,10 +66,13 @@ def claim(device: Path) -> int:
 
     Raises:
         InUseError: somebody uses it.
+        AttachError: it cannot be opened.
     """
     try:
         return os.open(device, os.O_RDONLY | os.O_EXCL)
     except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise AttachError(f"cannot open {device}: {error.strerror}") from error
         users = ", ".join(BlockDevice(device.name).users()) or error.strerror
         raise InUseError(f"{device} is in use ({users}): unmount it or swapoff first") from error
 

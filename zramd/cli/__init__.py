@@ -1,6 +1,9 @@
 """The `zramd` command: one module for each group of verbs."""
 
 import importlib
+import os
+import sys
+from typing import Any
 
 import click
 
@@ -55,11 +58,42 @@ class _Verb(click.Command):
 
 
 class _Verbs(click.Group):
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, and end with one line where something could not be read or written that no verb knows to name."""
+        _open_standard_files()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "standard output"
+            click.echo(f"Error: {where}: {error.strerror or error}", err=True)
+            forget_output()
+            sys.exit(1)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return _Verb(cmd_name, *_VERBS[cmd_name]) if cmd_name in _VERBS else None
+
+
+def _open_standard_files() -> None:
+    """Give those of the three standard files that are closed to something: another file would take their place.
+
+    Standard input and output then fail, and what is said on standard error is lost, as was asked for.
+    """
+    for number, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # takes the least number that is free
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 (as long as the process)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def forget_output() -> None:
+    """Throw away what could not be written, which would be tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def load_verbs() -> dict[str, click.Command]:

@@ -112,8 +112,8 @@ def attach(
             return
         if device is not None and not device.name.startswith("nbd"):
             raise click.UsageError(f"{device} is no NBD device; --fuse takes the loop device that is free")
-        load_nbd()
         addresses, name = _find_export(uri, socket, device)
+        load_nbd()
         order = Order(
             addresses,
             name,
@@ -172,6 +172,8 @@ def detach(device: Path) -> None:
     """
     try:
         require_root()
+        if not device.exists():
+            raise AttachError(f"there is no {device}")
         if device.name.startswith("loop"):
             LoopDevice.of(device).detach()
         else:

@@ -93,7 +93,8 @@ def bench(
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         _progress("")
-        remedy = ": run this as root, or as its owner" if isinstance(error, PermissionError) else ""
+        mine = os.geteuid() == 0 or not isinstance(error, PermissionError)
+        remedy = "" if mine else ": run this as root, or as its owner"
         raise click.ClickException(f"{error.filename or '-'}: {error.strerror or error}{remedy}") from error
     except (EngineError, NoMemoryError) as error:
         raise click.ClickException(str(error)) from error

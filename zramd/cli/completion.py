@@ -1,5 +1,6 @@
 """`zramd completion`: what makes a shell complete the command, and what it completes beside options and files."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,11 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem[s
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
+@click.argument("shell", type=click.Choice(SHELLS), required=False, metavar="[SHELL]")
+def completion(shell: str | None) -> None:
     """Print what makes SHELL complete this command: verbs, options, sockets, and the attributes of a running server.
+
+    SHELL is bash, zsh or fish. Default: the one in $SHELL.
 
     \b
     Example:
@@ -28,7 +31,10 @@ def completion(shell: str) -> None:
       zramd completion zsh > "${fpath[1]}/_zramd"
       zramd completion fish > ~/.config/fish/completions/zramd.fish
     """
-    click.echo(script(shell), nl=False)
+    chosen = shell or Path(os.environ.get("SHELL", "")).name
+    if chosen not in SHELLS:
+        raise click.UsageError(f"say which shell: {', '.join(SHELLS)}")
+    click.echo(script(chosen), nl=False)
 
 
 def script(shell: str) -> str:

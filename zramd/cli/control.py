@@ -10,6 +10,10 @@ from zramd.cli.stat import disk_socket, request
 from zramd.layout import PAGE_SIZE
 from zramd.paths import ADMIN_SUFFIX
 from zramd.sizes import format_size, parse_size
+from zramd.status.client import SECONDS
+
+QUICK = ("mem_limit", "mem_used_max", "comp_algorithm", "algorithm_params", "recomp_algorithm", "writeback_limit")
+"""Others may take as long as there is to do, or wait for who does it."""
 
 
 @click.command("set")
@@ -41,8 +45,7 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
     pairs = [_parse(assignment) for assignment in assignments]
     path = disk_socket(socket, ADMIN_SUFFIX)
     for name, value in pairs:
-        # Compaction and reset take as long as there is to do.
-        request(path, f"{name} {value}", None)
+        request(path, f"{name} {value}", SECONDS if name in QUICK else None)
 
 
 def _parse(assignment: str) -> tuple[str, str]:

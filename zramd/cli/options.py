@@ -1,6 +1,7 @@
 """Option types that several verbs use, and the option that every client verb has."""
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,12 @@ class Parsed(click.ParamType[Value]):
             self.fail(str(error), param, ctx)
 
 
+def describe(error: OSError) -> str:
+    """Return one line on what could not be done, with the file if there is one."""
+    reason = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
+
+
 def later(module: str, name: str) -> Callable[[str], Any]:
     """Return a function of a module that is imported when it is called: for help, it is not needed."""
     return lambda text: getattr(importlib.import_module(module), name)(text)
@@ -49,7 +56,7 @@ def _socket_option(suffix: str) -> Callable[[Command], Command]:
     return click.option(
         f"--{kind}",
         "socket",
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, readable=False),
         shell_complete=complete_sockets(suffix),
         help=f"{kind.capitalize()} socket of the disk. Default: that of the one disk that is served.",
     )

@@ -1,12 +1,14 @@
 """`zramd serve`: the daemon, in the foreground."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from zramd.cli.options import Parsed, later
+from zramd.cli import forget_output
+from zramd.cli.options import Parsed, describe, later
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
@@ -162,11 +164,21 @@ def serve(
         if check:
             daemon_check(settings)
             return
-        run(settings, partial(click.echo, err=stdio))
+        run(settings, partial(_announce, err=stdio))
     except (ConfigError, DaemonError, EngineError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        raise click.ClickException(str(error) if error.filename else error.strerror or str(error)) from error
+        raise click.ClickException(describe(error)) from error
+
+
+def _announce(line: str, *, err: bool) -> None:
+    """Print a line for whoever has started the server, who may have left."""
+    try:
+        click.echo(line, err=err)
+    except OSError as error:
+        logging.getLogger(__name__).warning("cannot print where the disks are served: %s", error.strerror)
+        if not err:
+            forget_output()
 
 
 def _require_alone(context: click.Context) -> None:

@@ -66,6 +66,8 @@ def swapoff(device: Path | None) -> None:
     try:
         require_root()
         chosen = device or _swapped_device()
+        if _bytes_left(chosen) is None:
+            raise AttachError(f"{chosen} is not swapped to")
         # A session of its own: Ctrl-C is for this process, which passes it on.
         child = subprocess.Popen(
             [find_tool("swapoff", "mount"), chosen],

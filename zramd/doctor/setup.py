@@ -7,6 +7,7 @@ from pathlib import Path
 from zramd.doctor.finding import Finding, ok, problem
 from zramd.doctor.kernel import has_nbd
 from zramd.doctor.machine import Answer, Machine, Planned
+from zramd.status.client import NOBODY_LISTENS
 
 CONFIGURATION = "etc/zramd"
 UNITS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
@@ -102,7 +103,7 @@ def _sockets(answers: Iterable[Answer]) -> Iterator[Finding]:
     for answer in answers:
         if answer.facts is not None:
             yield ok("server", f"{answer.facts.get('name', '?')} answers at {answer.path}")
-        elif "Connection refused" in answer.error:
+        elif NOBODY_LISTENS in answer.error:
             yield ok("server", f"none any more at {answer.path}; the next one takes its place")
         else:
             remedy = "stop what listens there (ss -xlp), or give zramd another socket with --status"

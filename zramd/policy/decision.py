@@ -146,7 +146,7 @@ def _choose(case: _Case, *, short: bool, thrashing: bool) -> Decision:
         return case.decide(
             Action.NOTHING,
             "There is no algorithm to recompress with, and no writeback: set one of them up (recomp_algorithm, "
-            "backing-store and writeback-after).",
+            "writeback-device and writeback-after).",
         )
     if situation.survey is not None:
         recompress = _recompress(case, short=short, thrashing=thrashing)

@@ -44,6 +44,25 @@ def find_disk(suffix: str = STATUS_SUFFIX) -> Path:
     return alive[0]
 
 
+NOBODY_LISTENS = "nobody listens there any more; start one with `zramd serve`"
+
+
+def _reason(path: Path, error: OSError) -> str:
+    """Say why a server cannot be asked, and what to do."""
+    match error:
+        case FileNotFoundError():
+            return "there is no such socket"
+        case ConnectionRefusedError():
+            return NOBODY_LISTENS if path.is_socket() else "it is no socket"
+        case PermissionError():
+            return "it is for others; run this as root or the server's owner, or serve with --status-group"
+        case TimeoutError():
+            return f"nothing came within {SECONDS:.0f} s; it hangs, or is no socket of zramd"
+        case ConnectionResetError() | BrokenPipeError():
+            return "it hung up; it has ended, or is no status or admin socket"
+    return error.strerror or str(error)
+
+
 def _answers(path: Path) -> bool:
     try:
         _connect(path).close()
@@ -81,7 +100,7 @@ def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterato
                     return
                 yield line
     except OSError as error:
-        raise StatusError(f"no server answers at {path}: {error.strerror or error}") from error
+        raise StatusError(f"no server answers at {path}: {_reason(path, error)}") from error
     raise StatusError(f"the server at {path} ended in the middle of its answer")
 
 
@@ -104,7 +123,7 @@ def ask(path: Path, request: str, seconds: float | None = SECONDS, descriptor: i
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
     except OSError as error:
-        raise StatusError(f"no server answers at {path}: {error.strerror or error}") from error
+        raise StatusError(f"no server answers at {path}: {_reason(path, error)}") from error
     if not answer.endswith(b"\n"):
         raise StatusError(f"the server at {path} closed the connection without an answer")
     text = answer[:-1].decode(errors="replace")
