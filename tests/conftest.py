@@ -51,6 +51,7 @@ NO_ENGINE = {
     "test_notify",
     "test_options",
     "test_page_map",
+    "test_percentile",
     "test_policy",
     "test_policy_loop",
     "test_pool",

@@ -195,6 +195,14 @@ FULLNESS_GROUPS = 12
 FULL = FULLNESS_GROUPS - 1
 
 
+LATENCY_SHIFT, MAX_LATENCY_SHIFT = 10, 34
+"""The lowest bound of a bucket of latency, and the highest, as powers of two of nanoseconds."""
+LATENCY_STEP_SHIFT = 2
+"""Buckets in an octave."""
+LATENCY_BUCKETS = (MAX_LATENCY_SHIFT - LATENCY_SHIFT << LATENCY_STEP_SHIFT) + 2
+COMMANDS = 8
+"""NBD's commands have lower numbers."""
+
 NOBODY = (1 << 64) - 1
 """In a record, where no number is meant."""
 
@@ -247,6 +255,24 @@ class DeviceRecord(IntEnum):
     SNAPSHOT_READY = SNAPSHOT_USED + 1  # words of the store that may be touched
     END = SNAPSHOT_READY + 1
 
+
+class RequestRecord(IntEnum):
+    """Private words of a connection, for each of NBD's commands: of those that were answered.
+
+    Latency is what passes from receiving the request to handing its reply to the kernel. Bucket 0 is up to 1024 ns,
+    the next ones a quarter of an octave each (1280, 1536, 1792, 2048, 2560 ... ns), the last beyond 2^34 ns.
+    """
+
+    ERRORS = 0
+    BYTES = 1  # of those without an error
+    NANOSECONDS = 2  # latency, of all together
+    BUCKETS = 3  # a word for each bucket of latency
+    END = BUCKETS + LATENCY_BUCKETS
+
+
+REQUESTS_IN_FLIGHT = COMMANDS * RequestRecord.END
+"""In a connection's words: how many are received and not answered yet."""
+REQUEST_WORDS = REQUESTS_IN_FLIGHT + 1
 
 INTEGRITY = 1
 """In FEATURES: each object has a checksum."""

@@ -135,6 +135,10 @@ def test_json_is_one_line_with_everything(path: Path, opened: OpenDevice) -> Non
     assert [*fields(ask(path, "io_stat")), 0] == list(facts["io_stat"].values())
     assert facts["io_stat"]["failed_backing_reads"] == 0
     assert facts["stat"] == {"reads": 0, "read_sectors": 0, "writes": 3, "write_sectors": 48}
+    assert list(facts["requests"]) == ["read", "write", "flush", "trim", "write_zeroes", "cache", "block_status"]
+    assert list(facts["requests"]["read"]) == ["count", "errors", "bytes", "nanoseconds", "buckets"]
+    assert len(facts["requests"]["read"]["buckets"]) == len(facts["latency_bounds"]) + 1
+    assert facts["inflight"] == 0
 
 
 # The conversation

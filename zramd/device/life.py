@@ -12,6 +12,7 @@ from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import NAMES, Codec, Parameters, codec
 from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, WritebackSettings
 from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
+from zramd.device.requests import Requests
 from zramd.device.work import Works
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
@@ -58,6 +59,7 @@ class Life:
         self._chain_size = chain_size
         self._control = threading.Lock()
         self.works = Works()
+        self.requests = Requests()
         self._changed = threading.Condition()
         self._clients: list[HangUp] = []
         self._shut_for = ""

@@ -9,6 +9,7 @@ from zramd.nbd.inbox import Inbox
 
 def lz4_version() -> str: ...
 def zstd_version() -> str: ...
+def latency_bucket(nanoseconds: int) -> int: ...
 
 class Lock:
     def acquire(self) -> None: ...
@@ -48,6 +49,7 @@ class Loop:
         stream: Stream,
         sock: socket.socket,
         inbox: Inbox,
+        counters: memoryview,
         *,
         direct: bool,
         disksize: int,

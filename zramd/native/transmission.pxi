@@ -41,8 +41,26 @@ cdef enum Outcome:
     MORE  # there is more for this loop
 
 
+cdef inline uint64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cpdef uint64_t latency_bucket(uint64_t nanoseconds) noexcept nogil:
+    """Return the number of the bucket for a latency."""
+    cdef uint64_t shift
+    if nanoseconds <= 1 << Z_LATENCY_SHIFT:
+        return 0
+    nanoseconds -= 1
+    shift = highest_bit(nanoseconds)
+    if shift >= Z_MAX_LATENCY_SHIFT:
+        return Z_LATENCY_BUCKETS - 1
+    return ((shift - Z_LATENCY_SHIFT - 1) << Z_LATENCY_STEP_SHIFT) + (nanoseconds >> (shift - Z_LATENCY_STEP_SHIFT)) + 1
+
+
 cdef class Loop:
-    """The loop of one connection, on the buffers of a stream and the inbox of a transmission.
+    """The loop of one connection, on the buffers of a stream, the inbox and the counters of a transmission.
 
     `direct` says that the socket may be used without its methods; `flushing`, that a flush has something to do, and
     FLUSH and FUA are not for this loop. `reply_bytes` is the room for replies, twice that of the stream's buffer.
@@ -65,11 +83,14 @@ cdef class Loop:
     cdef uint64_t start
     cdef uint64_t end
     cdef uint64_t received
+    cdef uint64_t received_at
     cdef uint64_t left_at
     cdef bint owed
     cdef unsigned idle
     cdef unsigned idle_left
     cdef Replies replies
+    cdef object counter_words
+    cdef uint64_t *counters
     cdef Request *requests
     cdef uint64_t count
     cdef Request *parsed
@@ -77,13 +98,15 @@ cdef class Loop:
     cdef char no_space[256]
 
     def __cinit__(
-        self, Stream stream, sock, inbox, *, bint direct, uint64_t disksize, bint structured, bint read_only,
+        self, Stream stream, sock, inbox, counters, *, bint direct, uint64_t disksize, bint structured, bint read_only,
         bint flushing, uint64_t reply_bytes, uint64_t payload
     ):
         self.stream = stream
         self.device = stream.device
         self.sock = sock
         self.inbox = inbox
+        self.counter_words = counters
+        self.counters = <uint64_t *>address(counters)
         self.direct = direct
         self.watch.fd = sock.fileno()
         self.watch.events = inbox.poll_events
@@ -133,10 +156,12 @@ cdef class Loop:
 
     cdef int _take_inbox(self) except -1:
         self.start, self.end, self.received = self.inbox.start, self.inbox.end, self.inbox.received
+        self.received_at = self.inbox.received_at
         return 0
 
     cdef int _give_inbox(self) except -1:
         self.inbox.start, self.inbox.end, self.inbox.received = self.start, self.end, self.received
+        self.inbox.received_at = self.received_at
         return 0
 
     cdef Outcome serve(self) noexcept nogil:
@@ -148,6 +173,7 @@ cdef class Loop:
             begin = self.start
             found = self.parse()
             if self.count:
+                self.counters[Z_REQUESTS_IN_FLIGHT] = self.count
                 outcome = self.apply()
                 if outcome == GONE:
                     self.start = begin
@@ -161,6 +187,7 @@ cdef class Loop:
                 outcome = self.send_replies()
                 if outcome != MORE:
                     return outcome
+                self.note_answers()
             if found == MORE:
                 continue
             if found == UNCOMMON and fresh:
@@ -356,7 +383,26 @@ cdef class Loop:
                 superblock[Z_SUPERBLOCK_FAILED_READS] += 1
                 pthread_mutex_unlock(&self.device.lock.mutex)
                 self.replies.fail(request, Z_ERROR_EIO, self.replies.damage)
+                request.failed = True
             request += 1
+
+    cdef void note_answers(self) noexcept nogil:
+        """Count a segment, which is answered now."""
+        cdef Request *request = self.requests
+        cdef Request *end = request + self.count
+        cdef uint64_t latency = monotonic_ns() - self.received_at
+        cdef uint64_t bucket = Z_REQUEST_RECORD_BUCKETS + latency_bucket(latency)
+        cdef uint64_t *row
+        while request < end:
+            row = self.counters + request.command * Z_REQUEST_RECORD_END
+            row[bucket] += 1
+            row[Z_REQUEST_RECORD_NANOSECONDS] += latency
+            if request.failed:
+                row[Z_REQUEST_RECORD_ERRORS] += 1
+            elif request.command != Z_COMMAND_FLUSH:
+                row[Z_REQUEST_RECORD_BYTES] += request.length
+            request += 1
+        self.counters[Z_REQUESTS_IN_FLIGHT] = 0
 
     cdef Outcome receive_more(self) noexcept nogil:
         """Receive into the free end of the buffer, as Inbox.receive does."""
@@ -378,6 +424,7 @@ cdef class Loop:
             if count > 0:
                 self.end += count
                 self.received += count
+                self.received_at = monotonic_ns()
                 return MORE
             if count == 0:
                 return ENDED

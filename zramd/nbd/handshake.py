@@ -48,9 +48,10 @@ Secure = Callable[[socket.socket, float], socket.socket]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a handshake leads to: a device to serve on a socket, on the terms agreed on."""
+    """What a handshake leads to: the device of an export to serve on a socket, on the terms agreed on."""
 
     sock: socket.socket
+    export: Export
     opened: OpenDevice
     terms: Terms
 
@@ -193,7 +194,7 @@ class Handshake:
         terms = self._terms(export)
         reply = EXPORT.pack(opened.device.disksize, export.flags(terms))
         self._send(reply if self._no_zeroes else reply + EXPORT_NAME_PADDING)
-        return Session(self._sock, opened, terms)
+        return Session(self._sock, export, opened, terms)
 
     def _find(self, name: str) -> Export:
         export = self._exports.find(name)
@@ -280,4 +281,4 @@ class Handshake:
         sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MINIMUM_BLOCK, PREFERRED_BLOCK, self._limits.payload)
         self._reply(option, OptionReply.INFO, sizes)
         self._reply(option, OptionReply.ACK)
-        return Session(self._sock, opened, terms) if option is Option.GO else None
+        return Session(self._sock, export, opened, terms) if option is Option.GO else None

@@ -7,6 +7,7 @@ whatever it does elsewhere comes after that. Only one that took its leave (DISC)
 
 import select
 import socket
+from time import monotonic_ns
 
 from zramd.nbd.protocol import (
     EXTENDED_REQUEST,
@@ -32,6 +33,7 @@ class Inbox:
         start: what is received and not yet consumed lies from here
         end: to here.
         received: bytes since the start of the session.
+        received_at: when the last of them came (`monotonic_ns`).
         poll_events: what to ask poll for, to learn that the peer is gone.
         payload_left: of a long request: the next one starts this far behind `start`.
         leaving: the client has said DISC.
@@ -42,7 +44,7 @@ class Inbox:
         self.header = EXTENDED_REQUEST if extended else REQUEST
         self.magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self.buffer = buffer
-        self.start = self.end = self.received = 0
+        self.start = self.end = self.received = self.received_at = 0
         self.payload_left = 0
         self.leaving = False
         self._sock = sock
@@ -71,6 +73,7 @@ class Inbox:
             count = self._sock.recv_into(self.buffer[self.end :], 0, flags)
         self.end += count
         self.received += count
+        self.received_at = monotonic_ns()
         return count > 0
 
     def has_payload(self, flags: int, command: int) -> bool:

@@ -66,7 +66,8 @@ class Server(Connections):
                 if session is not None:
                     session.sock.settimeout(None)
                     opened = session.opened
-                    Transmission(session.sock, opened.device, opened.flush, session.terms, self._limits).run()
+                    counters = held.enter_context(session.export.disk.requests.counting())
+                    Transmission(session.sock, opened.device, opened.flush, session.terms, self._limits, counters).run()
         except ClientLeftError as error:
             log.info("connection lost: %s", error)
         except SessionError as error:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from zramd.device.fetching import Fetched, NotInMemoryError, PageError
 from zramd.device.native import NativeDevice
 from zramd.device.pages import NoSpaceError
+from zramd.device.requests import RequestCounters
 from zramd.device.stream import Prepared, whole_pages
 from zramd.device.zram import Device
-from zramd.layout import PAGE_SHIFT, PAGE_SIZE
+from zramd.layout import PAGE_SHIFT, PAGE_SIZE, REQUESTS_IN_FLIGHT
 from zramd.nbd.block_status import Context, extents
 from zramd.nbd.inbox import Header, Inbox
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
@@ -46,6 +47,7 @@ class Transmission:
     """The transmission phase of one connection.
 
     `flush` writes to the medium what was written to the device, if that is anything but memory; it may raise OSError.
+    `counters` count what is answered.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Transmission:
         flush: Callable[[], None] | None,
         terms: Terms = DEFAULT_TERMS,
         limits: Limits = DEFAULT_LIMITS,
+        counters: RequestCounters | None = None,
     ) -> None:
         self._sock = sock
         self._device = device
@@ -68,9 +71,11 @@ class Transmission:
         # A request of more bytes does not fit the buffer, or is refused.
         self._long = min(limits.buffer - self._inbox.header.size, limits.payload)
         self._replies = _REPLIES[terms.mode]()
+        self._counters = counters or RequestCounters()
         # Pages of the backing store that the next request needs.
         self._fetched: dict[int, Fetched] = {}
-        self._durable: list[tuple[int, int]] = []  # (cookie, offset) of requests to be answered after a flush
+        # (command, cookie, offset, length) of requests to be answered after a flush.
+        self._durable: list[tuple[int, int, int, int]] = []
         self._forbidden = (_WRITE, _TRIM, _WRITE_ZEROES) if terms.read_only else ()
         # Up to this command, what has no flags and is in bounds is right.
         self._plain = _READ if terms.read_only or terms.mode is Mode.EXTENDED else _TRIM
@@ -81,6 +86,7 @@ class Transmission:
                 self._stream,
                 sock,
                 self._inbox,
+                self._counters.words,
                 direct=type(sock) is socket.socket and sock.gettimeout() is None,
                 disksize=device.disksize,
                 structured=terms.mode is not Mode.SIMPLE,
@@ -149,6 +155,8 @@ class Transmission:
             if flags or offset + length > disksize or command > plain:
                 failure = self._refusal(command, flags, offset, length)
                 if failure:
+                    self._counters.add(command, length)
+                    self._counters.fail(command, length)
                     self._replies.fail(cookie, offset, failure)
                     start = after
                     continue
@@ -195,9 +203,11 @@ class Transmission:
         """Apply requests in order and send all replies, under as few holds of the lock as the limits allow."""
         device, stream, replies, most = self._device, self._stream, self._replies, self._max_reply
         done, read = replies.done, replies.read
+        counters, counts, sizes = self._counters, self._counters.counts, self._counters.sizes
         position, count = 0, len(batch)
         while position < count:
             missing: list[int] = []
+            counters.words[REQUESTS_IN_FLIGHT] = count - position
             with device:
                 self._inbox.require_client()
                 work = 0
@@ -205,6 +215,8 @@ class Transmission:
                     command, flags, cookie, offset, length, begin, prepared = batch[position]
                     position += 1
                     work += length + PAGE_SIZE
+                    counts[command] += 1
+                    sizes[command] += length
                     try:
                         if command == _WRITE:
                             device.write(stream, begin, length, offset, prepared, self._fetched)
@@ -220,14 +232,17 @@ class Transmission:
                             work = most
                             continue
                     except (NoSpaceError, PageError) as error:
+                        counters.fail(command, length)
                         replies.fail(cookie, offset, _failure(error))
                         continue
                     except NotInMemoryError as error:
+                        counts[command] -= 1
+                        sizes[command] -= length
                         position -= 1
                         missing = error.pages
                         break
                     if self._flush and (flags & _FUA or command == _FLUSH):
-                        self._durable.append((cookie, offset))
+                        self._durable.append((command, cookie, offset, length))
                     else:
                         done(cookie, offset)
             self._send()
@@ -245,8 +260,10 @@ class Transmission:
         """Answer a BLOCK_STATUS; its payload, if it has one, starts at `begin`. The caller holds the device's lock."""
         contexts = self._contexts
         if flags & _PAYLOAD_LEN:
-            failure, length, contexts = self._parse_selection(self._inbox.buffer[begin : begin + length], offset)
+            payload = self._inbox.buffer[begin : begin + length]
+            failure, length, contexts = self._parse_selection(payload, offset)
             if failure:
+                self._counters.fail(_BLOCK_STATUS, len(payload))
                 self._replies.fail(cookie, offset, failure)
                 return
         one = bool(flags & _REQ_ONE)
@@ -268,6 +285,8 @@ class Transmission:
     def _apply_long(self, header: Header) -> None:
         """Apply a request that is too long for the buffer or the lock, in pieces."""
         _, flags, command, cookie, offset, length = header
+        received_at = self._inbox.received_at
+        self._counters.words[REQUESTS_IN_FLIGHT] = 1
         failure = self._refusal(command, flags, offset, length)
         if self._inbox.payload_left:
             if length > SWALLOW * self._limits.payload:
@@ -279,20 +298,27 @@ class Transmission:
         elif not failure:
             if command == _READ:
                 self._read_pieces(cookie, offset, length)
+                self._counters.add(command, length)
+                self._counters.note_answers(received_at)
                 return
             if command == _BLOCK_STATUS:
                 with self._device:
                     self._block_status(cookie, flags, offset, length, 0)
+                self._counters.add(command, length)
                 self._send()
                 return
             if command in (_TRIM, _WRITE_ZEROES):
                 failure = self._discard_pieces(command, flags, offset, length)
+        self._counters.add(command, length)
         if failure:
+            self._counters.fail(command, length)
             self._replies.fail(cookie, offset, failure)
         elif self._flush and (flags & _FUA or command == _FLUSH):
-            self._durable.append((cookie, offset))
+            self._durable.append((command, cookie, offset, length))
         else:
             self._replies.done(cookie, offset)
+        # More may have been received since its header.
+        self._inbox.received_at = received_at
         self._send()
 
     def _write_pieces(self, offset: int, length: int, failure: Failure | None) -> Failure | None:
@@ -333,6 +359,7 @@ class Transmission:
             except PageError as error:
                 if offset > start and not self._replies.fails_late:
                     raise SessionError(f"a read failed after its reply had begun: {error}") from error
+                self._counters.fail(_READ, length)
                 self._replies.fail(cookie, start, _failure(error), offset)
                 end = offset
             except NotInMemoryError as error:
@@ -365,10 +392,12 @@ class Transmission:
         return None
 
     def _send(self) -> None:
-        """Send all replies gathered so far. The lock is not held: a slow client holds up nobody else."""
+        """Send all replies gathered so far, and count them. The lock is not held: a slow client holds up no other."""
         if self._flush and self._durable:
             self._answer_durable(self._flush)
         parts, size = self._replies.parts, self._replies.size
+        if not parts:
+            return
         while parts:
             try:
                 sent = self._sock.sendmsg(parts[:IOV_MAX])
@@ -388,16 +417,18 @@ class Transmission:
             if sent:
                 parts[0] = memoryview(parts[0])[sent:]
         self._replies.size = 0
+        self._counters.note_answers(self._inbox.received_at)
 
     def _answer_durable(self, flush: Callable[[], None]) -> None:
         try:
             flush()
         except OSError as error:
             failure = Failure(Error.EIO, f"the medium failed: {error.strerror}")
-            for cookie, offset in self._durable:
+            for command, cookie, offset, length in self._durable:
+                self._counters.fail(command, length)
                 self._replies.fail(cookie, offset, failure)
         else:
-            for cookie, offset in self._durable:
+            for _, cookie, offset, _ in self._durable:
                 self._replies.done(cookie, offset)
         self._durable.clear()
 

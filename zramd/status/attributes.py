@@ -13,6 +13,7 @@ from zramd.device import codecs
 from zramd.device.block_state import block_state
 from zramd.device.disk import Disk
 from zramd.device.life import UninitialisedError
+from zramd.device.requests import LATENCY_BOUNDS
 from zramd.device.zram import Device
 from zramd.layout import PRIORITIES
 from zramd.native import choose
@@ -166,6 +167,9 @@ def everything(served: Served) -> dict[str, object]:
         "mm_stat": asdict(disk.mm_stat()),
         "io_stat": asdict(disk.io_stat()),
         "stat": asdict(disk.request_stat()),
+        "requests": {name: asdict(stat) for name, stat in disk.requests.stat().items()},
+        "latency_bounds": LATENCY_BOUNDS,
+        "inflight": disk.requests.in_flight,
         "work": [asdict(work) | {"seconds": work.seconds} for work in disk.works.under_way()],
         "backing_dev": str(disk.backing_path) if disk.backing_path else None,
         "bd_stat": asdict(disk.bd_stat()),
