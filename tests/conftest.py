@@ -34,6 +34,7 @@ NO_ENGINE = {
     "test_compaction",
     "test_collecting",
     "test_config",
+    "test_docs",
     "test_doctor",
     "test_engines",
     "test_errors",

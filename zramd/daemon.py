@@ -1,7 +1,8 @@
 """The daemon: its disks, their NBD server and their status sockets, from start to signal.
 
-SIGTERM and SIGINT stop it. While the machine swaps to one of its disks it says so and goes on until that is over, since
-what is swapped out would be lost. `supervisor.HAND_OVER` stops it in any case.
+SIGTERM and SIGINT stop it; SIGHUP does not, and upgrades a server that has a supervisor. While the machine swaps to one
+of its disks it says so and goes on until that is over, since what is swapped out would be lost. `supervisor.HAND_OVER`
+stops it in any case.
 """
 
 import gc
@@ -59,7 +60,7 @@ SWAPOFF_SECONDS = 1.0
 SWITCH_SECONDS = 0.0005
 """Most time that a busy Python thread keeps the compiled engine waiting when a pool, its device locked, has to grow."""
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, HAND_OVER}
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, HAND_OVER}
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     """
     # Before any thread is made, so that only the waiting below ever receives them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if os.isatty(0):
+        # Who closes the terminal means to end what runs there.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     threading.stack_size(STACK_BYTES)
     if choose() is Engine.NATIVE:
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -212,7 +216,11 @@ class _Daemon:
 
     def wait(self) -> None:
         """Return when the server is to end."""
-        wanted: int | None = signal.sigwait(_SIGNALS)
+        while (wanted := signal.sigwait(_SIGNALS)) == signal.SIGHUP:
+            log.warning("SIGHUP changes nothing without --swap: restart the server, which keeps what it serves")
+        self._wait_for_swapoff(wanted)
+
+    def _wait_for_swapoff(self, wanted: int | None) -> None:
         while wanted != HAND_OVER and (swaps := self._swaps()):
             if wanted is not None:
                 text = f"not stopped, since the machine swaps to {' '.join(swaps)}: swapoff first (zramd swapoff)"

@@ -205,6 +205,19 @@ def test_a_signal_ends_the_server_while_clients_are_connected(tmp_path: Path, nu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_hangup_ends_no_server(tmp_path: Path) -> None:
+    command = [*MODULE, "serve", "--size", "8M", "--volatile", *sockets_in(tmp_path)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    wait_until_served(process)
+    process.send_signal(signal.SIGHUP)
+    assert zramd("stat", "disksize", "--status", tmp_path / "b.status").stdout == f"{8 << 20}\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "restart the server, which keeps what it serves" in errors
+
+
 def test_requests_received_before_the_signal_are_answered(tmp_path: Path) -> None:
     server = start_server(tmp_path, "--size", "8M")
     with connect(server.unix) as sock:

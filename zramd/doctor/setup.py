@@ -31,11 +31,11 @@ def examine(machine: Machine, answers: Iterable[Answer]) -> Iterator[Finding]:
 
 def configuration(machine: Machine) -> tuple[list[Finding], list[Planned]]:
     """Return what is found in the files, and the disks that they have."""
-    from zramd.config import ConfigError, load
-
     findings: list[Finding] = []
     disks: list[Planned] = []
     for path in sorted((machine.root / CONFIGURATION).glob("*.toml")):
+        from zramd.config import ConfigError, load  # only where there is one: it imports most of the server
+
         try:
             settings = load(path)
         except (ConfigError, OSError) as error:
