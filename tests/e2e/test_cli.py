@@ -31,6 +31,7 @@ from tests.nbd_bytes import (
 from tests.property.test_device import make_data
 from zramd import __version__
 from zramd.cli import main
+from zramd.cli.status import NOT_RUNNING
 from zramd.native import choose
 
 MODULE = [sys.executable, "-m", "zramd"]
@@ -452,7 +453,8 @@ BAD_OPTIONS = [
     (["set", "mem_limit"], 2),
     (["set", "mem_limit="], 2),
     (["set", "=5"], 2),
-    (["status", "extra"], 2),
+    (["status", "--raw", "--json"], 2),
+    (["top", "extra"], 2),
 ]
 
 
@@ -568,30 +570,31 @@ def test_status_shows_a_row_and_where_the_disk_is_served(server: ServerProcess) 
     write_and_check(server.unix, 0)
     zramd("set", "mem_limit=512M", "--admin", server.admin)
     with connect(server.unix):
-        done = zramd("status", "--status", server.status)
-    assert (done.returncode, done.stderr) == (0, "")
-    names, values, where = done.stdout.splitlines()
-    row = dict(zip(names.split(), values.split(), strict=True))
-    assert row["NAME"] == "zram0"
-    assert row["ALGORITHM"] == "lz4"
-    assert row["DISKSIZE"] == "64M"
-    assert row["DATA"] == "1.1M"
-    assert row["MEM-LIMIT"] == "512M"
-    assert float(row["RATIO"]) > 1
-    assert int(row["CLIENTS"]) == 1
+        shown, more = (
+            zramd("status", *options, "--status", server.status) for options in ([], ["-o", "+MEM-LIMIT,P99,CLIENTS"])
+        )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    names, values, where = shown.stdout.splitlines()
+    assert names.split() == ["NAME", "ALGORITHM", "DISKSIZE", "DATA", "COMPR", "TOTAL", "STREAMS", "MOUNTPOINT"]
+    assert values.split()[:4] == ["zram0", "lz4", "64M", "1.1M"]
     assert where == f"zram0 is served at {server.uri}"
+    assert more.stdout.splitlines()[0].split() == [*names.split(), "MEM-LIMIT", "P99", "CLIENTS"]
+    assert more.stdout.splitlines()[1].split()[-3::2] == ["512M", "1"]
 
 
-def test_status_of_an_empty_disk_has_no_ratio(server: ServerProcess) -> None:
-    names, values, _ = zramd("status", "--status", server.status).stdout.splitlines()
-    row = dict(zip(names.split(), values.split(), strict=True))
-    assert (row["DATA"], row["TOTAL"], row["RATIO"], row["MEM-LIMIT"]) == ("0B", "0B", "-", "-")
+def test_status_names_a_disk_and_what_it_does_not_know(server: ServerProcess) -> None:
+    done = zramd("list", "zram0", "--json", "--status", server.status)
+    assert json.loads(done.stdout)["zramdevices"][0]["disksize"] == 64 << 20
+    refused = zramd("status", "-n", "--raw", "zram1", "--status", server.status)
+    assert_refused(refused, 1, "no disk 'zram1' is served; there are: zram0")
+    assert_refused(zramd("status", "-o", "SIZE", "--status", server.status), 2, "SIZE", "DISKSIZE")
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["stat", "mm_stat"], ["set", "mem_limit=0"]])
 def test_without_a_server_at_the_socket_a_verb_says_so(tmp_path: Path, arguments: list[str]) -> None:
     option = "--admin" if arguments[0] == "set" else "--status"
-    assert_refused(zramd(*arguments, option, tmp_path / "nobody"), 1, str(tmp_path / "nobody"))
+    status = NOT_RUNNING if arguments == ["status"] else 1
+    assert_refused(zramd(*arguments, option, tmp_path / "nobody"), status, str(tmp_path / "nobody"))
 
 
 # Users without privileges
@@ -623,14 +626,14 @@ def test_without_options_a_user_gets_1_gib_in_their_runtime_directory(user: User
 
 @pytest.mark.parametrize("arguments", [["status"], ["stat", "mm_stat"], ["set", "mem_limit=0"]])
 def test_without_any_server_a_verb_says_how_to_start_one(user: User, arguments: list[str]) -> None:
-    assert_refused(user.run(*arguments), 1, "zramd serve")
+    assert_refused(user.run(*arguments), NOT_RUNNING if arguments == ["status"] else 1, "zramd serve")
 
 
 def test_a_dead_servers_socket_is_no_server(user: User) -> None:
     process, _ = user.serve("--size", "8M")
     process.kill()
     process.wait(30)
-    assert_refused(user.run("status"), 1, "no running server")
+    assert_refused(user.run("status"), NOT_RUNNING, "no running server")
 
 
 def test_status_shows_all_disks_and_of_several_one_must_be_chosen_for_the_rest(user: User) -> None:

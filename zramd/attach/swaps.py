@@ -37,7 +37,7 @@ def read_swaps(root: str = "/") -> list[Swap]:
     for line in lines:
         # In the path, blanks and backslashes are written in octal: from the right, the line is unambiguous.
         path, kind, size, used, priority = line.rsplit(None, 4)
-        swaps.append(Swap(_unescape(path), kind, int(size) << 10, int(used) << 10, int(priority)))
+        swaps.append(Swap(unescape(path), kind, int(size) << 10, int(used) << 10, int(priority)))
     return swaps
 
 
@@ -83,6 +83,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _unescape(path: str) -> str:
+def unescape(path: str) -> str:
+    """Return a path of which a list of the kernel has blanks, newlines and backslashes in octal."""
     first, *rest = path.split("\\")
     return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)

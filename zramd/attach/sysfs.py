@@ -5,7 +5,7 @@ It imports next to nothing: the keeper of an attached device, which has to live 
 
 import os
 
-from zramd.attach.swaps import read_swaps
+from zramd.attach.swaps import read_swaps, unescape
 
 SECTOR = 512
 """Bytes; sysfs gives sizes in these, whatever the device's own sector is."""
@@ -65,6 +65,12 @@ class BlockDevice:
         found += [f"{source} is mounted on {where}" for source, where in self._mounts() if self._is_here(source)]
         found += [f"{holder} is made of it" for holder in self._list("holders")]
         return found
+
+    def place(self) -> str:
+        """Return where the device or a partition of it is used: "[SWAP]", a directory, or nothing (as zramctl)."""
+        if any(self._is_here(swap.path) for swap in read_swaps(self._root)):
+            return "[SWAP]"
+        return next((unescape(where) for source, where in self._mounts() if self._is_here(source)), "")
 
     def _is_here(self, path: str) -> bool:
         """Say whether a path is that of the device or of a partition: /dev/nbd1 or /dev/nbd1p2, but not /dev/nbd12."""

@@ -9,7 +9,8 @@ import click
 
 _VERBS = {
     "serve": ("zramd.cli.serve:serve", "Serve disks over NBD until SIGINT or SIGTERM."),
-    "status": ("zramd.cli.stat:status", "Show the disks that are served in a table."),
+    "status": ("zramd.cli.status:status", "Show the disks that are served in a table."),
+    "top": ("zramd.cli.top:top", "Show what the disks do, live."),
     "stat": ("zramd.cli.stat:stat", "Print an attribute of a disk as the kernel does."),
     "set": ("zramd.cli.control:set_attributes", "Change attributes of a disk."),
     "compact": ("zramd.cli.control:compact", "Give the memory between compressed pages back."),
@@ -35,6 +36,7 @@ _VERBS = {
     "version": ("zramd.cli.version:version", "Print the version."),
 }
 """Where each verb is defined, and what the list of all says of it."""
+_ALIASES = {"list": "status"}
 
 
 class _Verb(click.Command):
@@ -73,7 +75,8 @@ class _Verbs(click.Group):
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _Verb(cmd_name, *_VERBS[cmd_name]) if cmd_name in _VERBS else None
+        verb = _ALIASES.get(cmd_name, cmd_name)
+        return _Verb(verb, *_VERBS[verb]) if verb in _VERBS else None
 
 
 def _open_standard_files() -> None:

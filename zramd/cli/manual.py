@@ -38,6 +38,7 @@ STATUSES = {
     "0": "It is done.",
     "1": "It failed; one line on standard error says why, and what to do about it.",
     "2": "The command was wrong.",
+    "3": "No server runs (status and top).",
     "130": "Ctrl-C has ended it.",
 }
 

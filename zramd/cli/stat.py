@@ -1,18 +1,17 @@
-"""`zramd status` and `stat`: what a running server says of itself."""
+"""`zramd stat` and `block-state`: what a running server says of itself."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from zramd.cli.completion import complete_attributes
 from zramd.cli.options import admin_option, status_option
-from zramd.layout import PAGE_SIZE
+from zramd.cli.table import bar
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX
 from zramd.sizes import format_size
-from zramd.status.client import SECONDS, StatusError, ask, find_disk, find_disks, stream
+from zramd.status.classes import ClassUse, parse_classes
+from zramd.status.client import SECONDS, StatusError, ask, find_disk, stream
 
 
 def request(socket: Path, line: str, seconds: float | None = SECONDS) -> str:
@@ -61,85 +60,16 @@ BAR = 30
 
 def _show_classes(text: str) -> str:
     """Return the classes that are in use, from the text of zsmalloc's file: 18 columns."""
+    classes, total = parse_classes(text)
     lines = [f"{'SIZE':>5} {'CHAIN':>5} {'OBJECTS':>9} {'USED':>9} {'MEMORY':>8} {'FREEABLE':>8}  OCCUPANCY\n"]
-    for line in text.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) == 18 and fields[15] != "0":
-            allocated, used, pages, chain, freeable = map(int, fields[13:])
-            lines.append(_class_line(fields[1], str(chain), allocated, used, pages, freeable))
-        elif fields[:1] == ["Total"]:
-            allocated, used, pages, freeable = map(int, fields[12:])
-            lines.append(_class_line("total", "", allocated, used, pages, freeable))
-    return "".join(lines)
+    lines += [_class_line(str(each.size), str(each.chain), each) for each in classes]
+    return "".join((*lines, _class_line("total", "", total)))
 
 
-def _class_line(size: str, chain: str, allocated: int, used: int, pages: int, freeable: int) -> str:
-    share = used / allocated if allocated else 1
-    bar = ("#" * round(share * BAR)).ljust(BAR, ".")
-    memory, spare = format_size(pages * PAGE_SIZE), format_size(freeable * PAGE_SIZE) if freeable else "-"
-    return f"{size:>5} {chain:>5} {allocated:9} {used:9} {memory:>8} {spare:>8}  {bar} {share:4.0%}\n"
-
-
-@click.command()
-@status_option
-def status(socket: Path | None) -> None:
-    """Show the disks that are served in a table for people.
-
-    DATA is what was written and not discarded, COMPR what it is compressed to, TOTAL the memory that takes, and RATIO
-    is DATA / TOTAL. Sizes: K, M, G are of 1024. Of a disk that is served with --swap it tells what of that is in force,
-    and what is missing and why.
-
-    \b
-    Example:
-      zramd status
-    """
-    try:
-        sockets = [socket] if socket else find_disks()
-    except StatusError as error:
-        raise click.ClickException(str(error)) from error
-    disks = [json.loads(request(path, "json")) for path in sockets]
-    rows = [_status_row(facts) for facts in disks]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    left = {"NAME", "ALGORITHM"}
-    for cells in ({name: name for name in rows[0]}, *rows):
-        line = " ".join(
-            text.ljust(widths[name]) if name in left else text.rjust(widths[name]) for name, text in cells.items()
-        )
-        click.echo(line.rstrip())
-    for facts in disks:
-        for uri in facts["uris"]:
-            click.echo(f"{facts['name']} is served at {uri}")
-        for line in _swap_lines(facts):
-            click.echo(line)
-
-
-def _swap_lines(facts: dict[str, Any]) -> list[str]:
-    """Return what there is to say of a disk that is swapped to, or is to be."""
-    name, measures = facts["name"], facts["measures"]
-    lines = [f"{name} is swapped to: {' '.join(facts['swaps'])}"] if facts["swaps"] else []
-    if measures is not None:
-        lines.append(f"{name} for swap, in force: {', '.join(key for key, missing in measures.items() if not missing)}")
-        lines += [f"{name} for swap, missing: {key} ({missing})" for key, missing in measures.items() if missing]
-    elif facts["swaps"]:
-        lines.append(f"{name} is not safe to swap to: serve it with --swap")
-    return lines
-
-
-def _status_row(facts: dict[str, Any]) -> dict[str, str]:
-    memory = facts["mm_stat"]
-    stored, total, limit = memory["orig_data_size"], memory["mem_used_total"], memory["mem_limit"]
-    return {
-        "NAME": facts["name"],
-        "ALGORITHM": facts["comp_algorithm"],
-        "DISKSIZE": format_size(facts["disksize"]),
-        "DATA": format_size(stored),
-        "COMPR": format_size(memory["compr_data_size"]),
-        "TOTAL": format_size(total),
-        "RATIO": f"{stored / total:.2f}" if total else "-",
-        "MEM-LIMIT": format_size(limit) if limit else "-",
-        "MEM-PEAK": format_size(memory["mem_used_max"]),
-        "CLIENTS": str(facts["connections"]),
-    }
+def _class_line(size: str, chain: str, use: ClassUse) -> str:
+    memory, spare = format_size(use.memory), format_size(use.compactable) if use.freeable else "-"
+    shown = f"{bar(use.occupancy, BAR)} {use.occupancy:4.0%}"
+    return f"{size:>5} {chain:>5} {use.allocated:9} {use.used:9} {memory:>8} {spare:>8}  {shown}\n"
 
 
 @click.command("block-state")

@@ -1,18 +1,20 @@
 """Tables and bars of text."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+
+FIRST = (0,)
 
 
-def table(rows: Iterable[list[str]]) -> Iterator[str]:
-    """Yield lines; the first column is to the left, the others to the right."""
+def table(rows: Iterable[list[str]], left: Collection[int] = FIRST, gap: str = "  ") -> Iterator[str]:
+    """Yield lines; the columns with these numbers are to the left, the others to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        first, *rest = (
-            cell.rjust(width) if number else cell.ljust(width)
+        cells = (
+            cell.ljust(width) if number in left else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        yield "  ".join([first, *rest]).rstrip()
+        yield gap.join(cells).rstrip()
 
 
 def bar(share: float, width: int) -> str:

@@ -15,6 +15,10 @@ class StatusError(Exception):
     """No server answers, or it refused."""
 
 
+class NoServerError(StatusError):
+    """No server runs there."""
+
+
 def find_disks(suffix: str = STATUS_SUFFIX) -> list[Path]:
     """Return the socket (`.status` or `.admin`) of each disk that is served.
 
@@ -27,7 +31,7 @@ def find_disks(suffix: str = STATUS_SUFFIX) -> list[Path]:
     except OSError as error:
         raise StatusError(f"cannot look for servers: {error}; name one with {option} PATH") from error
     if not alive:
-        raise StatusError(f"no running server found: start one with `zramd serve`, or name it with {option} PATH")
+        raise NoServerError(f"no running server found: start one with `zramd serve`, or name it with {option} PATH")
     return alive
 
 
@@ -82,6 +86,11 @@ def _connect(path: Path) -> socket.socket:
     return sock
 
 
+def _failure(path: Path, error: OSError) -> StatusError:
+    kind = NoServerError if isinstance(error, FileNotFoundError | ConnectionRefusedError) else StatusError
+    return kind(f"no server answers at {path}: {_reason(path, error)}")
+
+
 def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterator[bytes]:
     """Send one request and yield the answer as it comes, without the blank line that ends it.
 
@@ -100,7 +109,7 @@ def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterato
                     return
                 yield line
     except OSError as error:
-        raise StatusError(f"no server answers at {path}: {_reason(path, error)}") from error
+        raise _failure(path, error) from error
     raise StatusError(f"the server at {path} ended in the middle of its answer")
 
 
@@ -123,7 +132,7 @@ def ask(path: Path, request: str, seconds: float | None = SECONDS, descriptor: i
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
     except OSError as error:
-        raise StatusError(f"no server answers at {path}: {_reason(path, error)}") from error
+        raise _failure(path, error) from error
     if not answer.endswith(b"\n"):
         raise StatusError(f"the server at {path} closed the connection without an answer")
     text = answer[:-1].decode(errors="replace")
