@@ -80,7 +80,7 @@ def test_bench_draws_a_row_for_each_algorithm_with_what_is_held_and_what_it_take
     assert heading.split() == ["ALGORITHM", "RATIO", "COMPR", "DECOMPR", "MEM/4", "MEM/8", "SWAP"]
     assert [row.split()[:2] for row in rows] == [["lz4", "1"], ["zstd", "19"]]
     assert all(bar(0, 8) in row for row in rows)  # a page or two of 42
-    assert summary.startswith("168K of data: 57.1% zeros, 14.3% same-filled; 12 pages tried; engine: ")
+    assert summary.startswith("168K of data: 57.1% zeros, 14.3% same-filled; 12 pages tried; SWAP is what ")
 
 
 def test_a_bar_is_as_full_as_the_share_and_never_longer() -> None:
@@ -94,7 +94,7 @@ def test_bench_as_json_has_everything_and_says_what_it_could_not_read(data: Path
     (row,) = facts["rows"]
     # 1 GiB holds more of it than there is memory: the 12 pages compress well, and the others take a word or two.
     assert row["memory"]["8"] < 12 * PAGE_SIZE / 4
-    assert row["swap"] == int((1 << 30) / (row["memory"]["8"] / 42 + 12)) * PAGE_SIZE
+    assert row["swap"] == int((1 << 30) / (row["per_object"]["8"] * 12 / 42 + 12)) * PAGE_SIZE
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def bench(
         return
     for line in _chart(rows, collected, budget):
         click.echo(line)
-    click.echo(f"{_summary(collected, tried)}; engine: {engine}.")
+    click.echo(f"{_summary(collected, tried)}; SWAP is what {format_size(budget)} hold; engine: {engine}.")
     if skipped:
         more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         click.echo(f"Not read: {skipped[0]}{more}.", err=True)
@@ -151,8 +151,7 @@ def _progress(line: str) -> None:
 
 def _capacity(row: "Estimated", collected: "Collected", budget: int) -> int:
     """Return the bytes of such data that fit into so much memory, with a disk's tables."""
-    chain_size = CHAIN_SIZES[-1]
-    each = row.memory[chain_size] / collected.total + WORD + ACCESSED_BYTES
+    each = row.per_object[CHAIN_SIZES[-1]] * collected.objects / collected.total + WORD + ACCESSED_BYTES
     return int(budget / each) * PAGE_SIZE
 
 

@@ -11,11 +11,16 @@ from zramd.layout import PAGE_SIZE
 
 LEVELS = {"lz4": (1, 4), "lz4hc": (3, 9, 12), "zstd": (-5, 1, 3, 9, 15, 19)}
 CHAIN_SIZES = (4, 8, 16)
+MANY = 1 << 24
+"""Objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
-    """A codec at a level: data for each byte, microseconds a page, and bytes of the pool by chain size."""
+    """A codec at a level: data for each byte, microseconds a page, and bytes of the pool by chain size.
+
+    `per_object` are bytes of the pool for each object, where there are so many that no class has too few.
+    """
 
     name: str
     level: int
@@ -24,6 +29,7 @@ class Estimated:
     compress: float
     decompress: float
     memory: dict[int, int]
+    per_object: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,9 @@ def try_codec(chosen: Codec, pages: bytearray, objects: int, work: Work | None =
     if trial is None:
         return None
     memory = {size: pool_memory(trial.lengths, size, objects) for size in CHAIN_SIZES}
+    per_object = {size: pool_memory(trial.lengths, size, MANY) / MANY for size in CHAIN_SIZES}
     costs = trial.ratio, trial.compress, trial.decompress
-    return Estimated(chosen.name, chosen.level, len(chosen.dictionary), *costs, memory)
+    return Estimated(chosen.name, chosen.level, len(chosen.dictionary), *costs, memory, per_object)
 
 
 def _codecs(device: Device) -> list[Codec]:
