@@ -196,7 +196,7 @@ def test_a_disk_that_is_served_is_looked_at_rather_than_the_one_of_that_name_in_
     # 300 MiB are expected of it, 100 MiB of which it has already, and 200 MiB are free.
     found = findings(MadeUp(make(tmp_path), answers=(served(300 << 20, 1 << 30, 100 << 20),)))
     assert found["server"].verdict is Verdict.OK
-    assert "1G takes 300M at 2:1; 300M of memory are free" in found["memory zram0"].text
+    assert "1G takes 300M by its limit; 300M of memory are free" in found["memory zram0"].text
 
 
 @pytest.mark.parametrize(

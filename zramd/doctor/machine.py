@@ -37,6 +37,11 @@ class Planned:
         return min(half, self.limit) if self.limit else half
 
     @property
+    def basis(self) -> str:
+        """Why so much is expected."""
+        return "by its limit" if self.limit and self.limit <= self.size // 2 else "at 2:1"
+
+    @property
     def most(self) -> int:
         """Memory that it takes if nothing compresses."""
         return min(self.size, self.limit) if self.limit else self.size

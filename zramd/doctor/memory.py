@@ -29,7 +29,7 @@ def _memory(machine: Machine, disk: Planned) -> Finding:
     if disk.expected > total:
         return advice(
             name,
-            f"{size} would take {format_size(disk.expected)} of memory at 2:1, and there are {format_size(total)}",
+            f"{size} would take {format_size(disk.expected)} of memory {disk.basis}, and there are {format_size(total)}",
             f"make it smaller, at most {format_size(2 * total)}, or give it a resident-limit",
         )
     if disk.most > total:
@@ -41,10 +41,10 @@ def _memory(machine: Machine, disk: Planned) -> Finding:
     if disk.expected > free:
         return advice(
             name,
-            f"{size} takes {format_size(disk.expected)} at 2:1, and {format_size(free)} of memory are free",
+            f"{size} takes {format_size(disk.expected)} {disk.basis}, and {format_size(free)} of memory are free",
             "make it smaller, or end what takes memory",
         )
-    return ok(name, f"{size} takes {format_size(disk.expected)} at 2:1; {format_size(free)} of memory are free")
+    return ok(name, f"{size} takes {format_size(disk.expected)} {disk.basis}; {format_size(free)} of memory are free")
 
 
 def _room(machine: Machine, disk: Planned, state: Path) -> Finding:
@@ -57,7 +57,7 @@ def _room(machine: Machine, disk: Planned, state: Path) -> Finding:
         return ok(name, found)
     remedy = "make that file system larger (mount -o remount,size=...), or choose another state directory"
     if room < disk.expected:
-        text = f"{found}, and {format_size(disk.size)} take {format_size(disk.expected)} at 2:1"
+        text = f"{found}, and {format_size(disk.size)} take {format_size(disk.expected)} {disk.basis}"
         return problem(name, text, f"{remedy}: writes fail with ENOSPC when it is full")
     text = f"{found}, and {format_size(disk.size)} that do not compress take {format_size(disk.most)}"
     return advice(name, text, f"{remedy}: writes fail with ENOSPC when it is full")
