@@ -29,7 +29,7 @@ def _memory(machine: Machine, disk: Planned) -> Finding:
     if disk.expected > total:
         return advice(
             name,
-            f"{size} would take {format_size(disk.expected)} of memory {disk.basis}, and there are {format_size(total)}",
+            f"{size} would take {format_size(disk.expected)} {disk.basis}, of {format_size(total)} of memory",
             f"make it smaller, at most {format_size(2 * total)}, or give it a resident-limit",
         )
     if disk.most > total:
