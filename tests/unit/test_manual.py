@@ -63,6 +63,7 @@ def test_a_shell_takes_its_completion(shell: str, tmp_path: Path) -> None:
         ("zramd re", ["recompress", "restore", "reset"]),
         ("zramd recompress --type huge", ["huge", "huge_idle"]),
         ("zramd stat mm", ["mm_stat"]),
+        ("zramd status z", ["zram0"]),
         ("zramd set mem", ["mem_limit=", "mem_used_max="]),
         ("zramd stat --status /run/zramd/", ["/run/zramd/zram0.status"]),
     ],

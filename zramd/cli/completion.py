@@ -63,6 +63,15 @@ def complete_sockets(suffix: str) -> Complete:
     return complete
 
 
+def complete_disks(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Return the names of the disks that have sockets where they are looked for."""
+    try:
+        names = sorted({path.stem for path in server_sockets(STATUS_SUFFIX)})
+    except OSError:
+        names = []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 def complete_attributes(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Return the attributes that a running server has."""
     names = _names(context.params.get("socket"), STATUS_SUFFIX)

@@ -13,7 +13,7 @@ import click
 from zramd.attach.nodes import nodes
 from zramd.cli.colour import paint
 from zramd.cli.columns import COLUMNS, DEFAULT, Column, Kind, Shown, describe_columns, parse_columns
-from zramd.cli.completion import complete_sockets
+from zramd.cli.completion import complete_disks, complete_sockets
 from zramd.cli.meaning import meaning, swap_lines
 from zramd.cli.options import Parsed
 from zramd.cli.table import table
@@ -51,7 +51,7 @@ class NotRunningError(click.ClickException):
 
 
 @click.command(help=HELP)
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_disks)
 @click.option("-b", "--bytes", "exact", is_flag=True, help="Sizes in bytes, and times in nanoseconds.")
 @click.option("-n", "--noheadings", is_flag=True, help="No headings.")
 @click.option(
