@@ -1,6 +1,7 @@
 """How many requests were answered, and how long they took: counted by each connection, summed when somebody asks."""
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,16 +32,6 @@ _ERRORS, _BYTES, _NANOSECONDS, _BUCKETS, _END = map(int, RequestRecord)
 _FLUSH = OPERATIONS["flush"]
 
 
-def latency_bucket(nanoseconds: int) -> int:
-    """Return the number of the bucket for a latency."""
-    if nanoseconds <= 1 << LATENCY_SHIFT:
-        return 0
-    shift = (nanoseconds - 1).bit_length() - 1
-    step = (nanoseconds - 1 >> shift - LATENCY_STEP_SHIFT) + 1
-    bucket = (shift - LATENCY_SHIFT - 1 << LATENCY_STEP_SHIFT) + step
-    return min(bucket, LATENCY_BUCKETS - 1)
-
-
 class RequestCounters:
     """What one connection has answered, in words that the compiled engine counts in too: see `RequestRecord`.
 
@@ -68,11 +59,12 @@ class RequestCounters:
         """Count what was added: it was received at that time (`monotonic_ns`), and is answered now."""
         latency = monotonic_ns() - received_at
         words, counts, sizes = self.words, self.counts, self.sizes
+        bucket = _BUCKETS + bisect_left(LATENCY_BOUNDS, latency)
         for command, count in enumerate(counts):
             if count:
                 row = command * _END
                 words[row + _NANOSECONDS] += count * latency
-                words[row + _BUCKETS + latency_bucket(latency)] += count
+                words[row + bucket] += count
                 if command != _FLUSH:
                     words[row + _BYTES] += sizes[command]
                 counts[command] = sizes[command] = 0
