@@ -46,6 +46,7 @@ NO_ENGINE = {
     "test_log",
     "test_manual",
     "test_memory",
+    "test_metrics",
     "test_native",
     "test_netlink",
     "test_noswap",

@@ -154,6 +154,7 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
     server, access = tables["server"], tables["access"]
     tcp = server.take("tcp", _addresses, ())
     web = server.take("web", lambda value: parse_address(_string(value)), None)
+    metrics = server.take("metrics", lambda value: parse_address(_string(value)), None)
     paths = server.take("unix", _paths, ())
     mode = server.take("unix-mode", _mode, 0o600)
     owner = server.take("unix-owner", find_user, -1)
@@ -167,6 +168,7 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
         unix=tuple(UnixAddress(path, mode, owner, group) for path in paths),
         tcp=tcp,
         web=web,
+        metrics=metrics,
         swap=server.take("swap", _boolean, False),
         public=server.take("plain-tcp-beyond-loopback", _boolean, False),
         tls=tls,

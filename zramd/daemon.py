@@ -47,7 +47,8 @@ from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
 from zramd.status.history import History
-from zramd.status.http import HttpServer
+from zramd.status.http import HttpServer, Paths
+from zramd.status.scraping import metrics_paths
 from zramd.status.server import READ_PAUSE, AdminServer, StatusServer
 from zramd.status.web import Web
 from zramd.supervisor import HAND_OVER, supervise
@@ -172,7 +173,9 @@ class _Daemon:
             sockets.callback(address.path.unlink, missing_ok=True)
         for host, port in settings.tcp:
             listeners += listen_tcp(host, port)
-        pages = _listen_for_browsers(*settings.web) if settings.web else []
+        pages = _listen_on_loopback("web", *settings.web) if settings.web else []
+        scraped = settings.metrics if settings.metrics != settings.web else None
+        metrics = _listen_on_loopback("metrics", *scraped) if scraped else []
         for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
         self.disks = [(_open_disk(chosen, swap=settings.swap), chosen) for chosen in settings.disks]
@@ -185,6 +188,7 @@ class _Daemon:
             self._serve_attributes(disk, chosen)
         sockets.callback(_stop, server)
         self._serve_web(pages)
+        self._serve_http(metrics, metrics_paths(self._served))
         for listener in listeners:
             server.accept_on(listener)
         if client is not None:
@@ -274,7 +278,10 @@ class _Daemon:
         history = History([served.disk for served in self._served])
         history.start()
         self._sockets.callback(history.stop)
-        server = HttpServer(Web(self._served, history).paths())
+        self._serve_http(listeners, {**Web(self._served, history).paths(), **metrics_paths(self._served)})
+
+    def _serve_http(self, listeners: list[socket.socket], paths: Paths) -> None:
+        server = HttpServer(paths)
         for listener in listeners:
             server.accept_on(listener, READ_PAUSE)
         self._sockets.callback(server.stop, 0)
@@ -315,6 +322,8 @@ class _Daemon:
         first = self._settings.disks[0]
         if self._settings.web:
             yield f"page:    http://{_authority(*self._settings.web)}/"
+        if self._settings.metrics:
+            yield f"metrics: http://{_authority(*self._settings.metrics)}/metrics"
         command = self._attach_command()
         if command:
             yield f"attach:  {command}"
@@ -358,8 +367,8 @@ def _require_private(settings: Settings, public: bool) -> None:
         )
 
 
-def _listen_for_browsers(host: str, port: int) -> list[socket.socket]:
-    """Listen for those who look at the page, who show no certificate.
+def _listen_on_loopback(what: str, host: str, port: int) -> list[socket.socket]:
+    """Listen for those who look at the page or the metrics, who show no certificate.
 
     Raises:
         DaemonError: others than users of this machine could.
@@ -368,7 +377,7 @@ def _listen_for_browsers(host: str, port: int) -> list[socket.socket]:
     listeners = listen_tcp(host, port)
     if any(map(is_public, listeners)):
         raise DaemonError(
-            f"the page is for this machine's browsers: a loopback address, not {host or 'all'}; ssh -L takes it further"
+            f"--{what} is for this machine: a loopback address, not {host or 'all'}; ssh -L takes it further"
         )
     return listeners
 

@@ -103,6 +103,12 @@ def lock_memory() -> Measure:
     return Measure(name, "")
 
 
+def locked_bytes() -> int:
+    """Return how much memory of this process is locked."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmLck:"))
+
+
 def spare_from_oom() -> Measure:
     """Have the kernel choose another process when it is out of memory."""
     name = "OOM score"

@@ -50,14 +50,15 @@ class Settings:
     """A daemon: its disks, the first of which is the default export, and where NBD clients find it.
 
     With `swap` it may be swapped to: its memory is locked, and a supervisor starts it anew if it dies.
-    `web` is where browsers find it, a loopback address. `public` lets NBD have addresses that other machines reach
-    without requiring TLS. With `stdio`, the one client is on standard input.
+    `web` is where browsers find it, and `metrics` where Prometheus does: loopback addresses. `public` lets NBD have
+    addresses that other machines reach without requiring TLS. With `stdio`, the one client is on standard input.
     """
 
     disks: tuple[DiskSettings, ...]
     unix: tuple[UnixAddress, ...] = ()
     tcp: tuple[tuple[str, int], ...] = ()
     web: tuple[str, int] | None = None
+    metrics: tuple[str, int] | None = None
     swap: bool = False
     public: bool = False
     stdio: bool = False

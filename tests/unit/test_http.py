@@ -6,14 +6,18 @@ import pytest
 
 from zramd.listeners import listen_tcp
 from zramd.status import http
-from zramd.status.http import Answer, HttpError, HttpServer
+from zramd.status.http import Answer, HttpError, HttpServer, Request
 
 
-def refuse(query: dict[str, str]) -> Answer:
-    raise HttpError(HTTPStatus.CONFLICT, f"not {query['what']}")
+def refuse(request: Request) -> Answer:
+    raise HttpError(HTTPStatus.CONFLICT, f"not {request.query['what']}")
 
 
-PATHS = {"/": lambda _: Answer(b"body"), "/refuse": refuse, "/echo": lambda query: Answer(repr(query).encode())}
+PATHS = {
+    "/": lambda _: Answer(b"body"),
+    "/refuse": refuse,
+    "/echo": lambda request: Answer(repr(request.query).encode()),
+}
 
 
 @pytest.fixture

@@ -47,6 +47,11 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     type=Parsed("host:port", later("zramd.config", "parse_address")),
     help="Loopback address for browsers: a page on what the disk holds and does, for every user of this machine.",
 )
+@click.option(
+    "--metrics",
+    type=Parsed("host:port", later("zramd.config", "parse_address")),
+    help="Loopback address for Prometheus: metrics of all disks, at /metrics, for every user of this machine.",
+)
 @click.option("--stdio", is_flag=True, help="Serve the one client on standard input, keep nothing, and end with it.")
 @click.option("--tls", type=click.Path(path_type=Path), help="Require TLS, with the certificates in this directory.")
 @click.option("--read-only", is_flag=True, help="Let clients change nothing.")
@@ -83,6 +88,7 @@ def serve(
     unix: Path | None,
     tcp: tuple[str, int] | None,
     web: tuple[str, int] | None,
+    metrics: tuple[str, int] | None,
     stdio: bool,
     tls: Path | None,
     read_only: bool,
@@ -123,6 +129,8 @@ def serve(
         raise click.UsageError("--state and --volatile exclude each other")
     if stdio and web is not None:
         raise click.UsageError("--stdio and --web exclude each other")
+    if stdio and metrics is not None:
+        raise click.UsageError("--stdio and --metrics exclude each other")
     start_log()
     try:
         choose()
@@ -157,6 +165,7 @@ def serve(
                 unix=(UnixAddress(unix),) if unix else (),
                 tcp=(tcp,) if tcp else (),
                 web=web,
+                metrics=metrics,
                 swap=swap,
                 stdio=stdio,
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),

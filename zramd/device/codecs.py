@@ -17,7 +17,8 @@ import lz4.block
 import zstandard
 
 from zramd.layout import PAGE_SIZE
-from zramd.native import Engine, choose, library_versions
+from zramd.native import Engine, choose
+from zramd.native import library_versions as native_versions
 
 Compress = Callable[[int], bytes | bytearray]
 """Compresses the page at an offset in the compressor's source buffer; the result may be longer than the page."""
@@ -316,15 +317,23 @@ def lz4_implementation() -> str:
     return "one-shot" if choose() is Engine.NATIVE or _one_shot() else "streaming"
 
 
+def library_versions() -> tuple[str, str]:
+    """Return the versions of liblz4 and libzstd in use."""
+    if choose() is Engine.NATIVE:
+        return native_versions()
+    return lz4.library_version_string(), ".".join(map(str, zstandard.ZSTD_VERSION))
+
+
 def describe(chosen: str) -> str:
     """Return a line for each codec, the chosen one in brackets: its library, and the call that compresses a page."""
     one_shot = lz4_implementation() == "one-shot"
     call = "LZ4_compress_fast, one-shot as the kernel's" if one_shot else "LZ4_compress_fast_continue, streaming"
+    lz4_version, zstd_version = library_versions()
     if choose() is Engine.NATIVE:
-        lz4_version, zstd_version = (f"{version} of the system" for version in library_versions())
+        lz4_version, zstd_version = f"{lz4_version} of the system", f"{zstd_version} of the system"
     else:
-        lz4_version = f"{lz4.library_version_string()} in the package lz4 {lz4.__version__}"
-        zstd_version = f"{'.'.join(map(str, zstandard.ZSTD_VERSION))} in the package zstandard {zstandard.__version__}"
+        lz4_version += f" in the package lz4 {lz4.__version__}"
+        zstd_version += f" in the package zstandard {zstandard.__version__}"
     lines = {
         "lz4": f"liblz4 {lz4_version}: {call}",
         "lz4hc": f"liblz4 {lz4_version}: LZ4_compress_HC",

@@ -118,6 +118,15 @@ class DeviceState:
         """Return how many compressed pages have the codec of a number."""
         return self.record[DeviceRecord.CODEC_PAGES + number]
 
+    def pages_by_algorithm(self) -> dict[str, int]:
+        """Return how many compressed pages each algorithm has. Takes the lock."""
+        pages: dict[str, int] = {}
+        with self.lock:
+            for number, chosen in enumerate(self.identity.algorithms.codecs):
+                if chosen is not None:
+                    pages[chosen.name] = pages.get(chosen.name, 0) + self.codec_pages(number)
+        return pages
+
     def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, list[int]]]:
         """Yield (first page, entries) of each chunk of the page table that is in use, from page `first` to `end` - 1.
 

@@ -4,6 +4,7 @@ Formats: drivers/block/zram/zram_drv.c and block/genhd.c of Linux 6.18.
 """
 
 import json
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from zramd.device.requests import LATENCY_BOUNDS
 from zramd.device.zram import Device
 from zramd.layout import PRIORITIES
 from zramd.native import choose
-from zramd.reclaim import Measure
+from zramd.reclaim import Measure, locked_bytes
 from zramd.zsmalloc.stats import format_classes
 
 
@@ -145,6 +146,7 @@ def everything(served: Served) -> dict[str, object]:
     disk, opened = served.disk, served.disk.opened
     identity = opened.device.identity if opened else None
     measures = served.measures()
+    lz4, zstd = codecs.library_versions()
     return {
         "name": disk.name,
         "version": __version__,
@@ -161,9 +163,12 @@ def everything(served: Served) -> dict[str, object]:
         "level": identity.codec.level if identity else None,
         "dictionary_bytes": len(identity.codec.dictionary) if identity else 0,
         "engine": choose().value,
+        "build": {"python": platform.python_version(), "lz4": lz4, "zstd": zstd},
+        "memory_locked": locked_bytes(),
         "lz4_implementation": codecs.lz4_implementation(),
         "integrity": identity.integrity if identity else None,
         "chain_size": identity.chain_size if identity else None,
+        "codec_pages": opened.device.pages_by_algorithm() if opened else {},
         "mm_stat": asdict(disk.mm_stat()),
         "io_stat": asdict(disk.io_stat()),
         "stat": asdict(disk.request_stat()),

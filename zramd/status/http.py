@@ -1,7 +1,8 @@
 """HTTP for those who read: GET and HEAD of a table of paths, one request a connection.
 
-    GET /data.json HTTP/1.1        the path is looked up in the table; what follows a ? goes to its function
+    GET /data.json HTTP/1.1        the path is looked up in the table; its function gets what follows a ?
     Host: 127.0.0.1:8080           over TCP, must be a loopback address or localhost
+    Accept: text/plain             goes to the function too
 
 The rules are those of RFC 9110 and 9112. No request changes anything, and the body of one is not read.
 """
@@ -53,8 +54,16 @@ class Answer:
     policy: str = NO_CONTENT
 
 
-Paths = Mapping[str, Callable[[dict[str, str]], Answer]]
-"""What makes the answer, by path, given the fields of the query; it may raise HttpError."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a path is asked: the fields of the query, and the media types that are accepted, in lower case."""
+
+    query: dict[str, str]
+    accept: str = ""
+
+
+Paths = Mapping[str, Callable[[Request], Answer]]
+"""What makes the answer, by path; it may raise HttpError."""
 
 
 class HttpServer(Connections):
@@ -75,11 +84,12 @@ def answer_request(sock: socket.socket, paths: Paths, received: bytes = b"") -> 
         head = _receive_head(sock, received)
         if not head:
             return
-        method, target, hosts = _parse(head)
+        method, target, fields = _parse(head)
         with_body = method != "HEAD"
         if sock.family != socket.AF_UNIX:
-            _check_host(hosts)
-        status, answer = HTTPStatus.OK, _find(paths, method, target)
+            _check_host([value for name, value in fields if name == "host"])
+        accept = ",".join(value for name, value in fields if name == "accept")
+        status, answer = HTTPStatus.OK, _find(paths, method, target, accept.lower())
     except HttpError as error:
         status, answer = error.status, Answer(f"{error}\n".encode(), "text/plain; charset=utf-8")
     sock.settimeout(SEND_SECONDS)
@@ -113,16 +123,17 @@ def _receive_head(sock: socket.socket, received: bytes) -> bytes:
         received += part
 
 
-def _parse(head: bytes) -> tuple[str, str, list[str]]:
-    """Return the method, the target, and the hosts that are named."""
+def _parse(head: bytes) -> tuple[str, str, list[tuple[str, str]]]:
+    """Return the method, the target, and the fields: names in lower case, and values."""
     first, *lines = head.split(b"\n")
     if not (request := _REQUEST.fullmatch(first)):
         raise HttpError(HTTPStatus.BAD_REQUEST, "this is no request: it starts with GET /PATH HTTP/1.1")
-    fields = [_FIELD.fullmatch(line) for line in lines]
-    hosts = [field[2].decode("latin-1") for field in fields if field and field[1].lower() == b"host"]
-    if not all(fields):
+    fields = [
+        (field[1].decode().lower(), field[2].decode("latin-1")) for field in map(_FIELD.fullmatch, lines) if field
+    ]
+    if len(fields) < len(lines):
         raise HttpError(HTTPStatus.BAD_REQUEST, "a line of the request is no field: NAME: VALUE")
-    return request[1].decode(), request[2].decode(), hosts
+    return request[1].decode(), request[2].decode(), fields
 
 
 def _check_host(hosts: list[str]) -> None:
@@ -141,13 +152,13 @@ def _check_host(hosts: list[str]) -> None:
         raise HttpError(HTTPStatus.MISDIRECTED_REQUEST, "this server is localhost or a loopback address, nothing else")
 
 
-def _find(paths: Paths, method: str, target: str) -> Answer:
+def _find(paths: Paths, method: str, target: str, accept: str) -> Answer:
     path, _, query = target.partition("?")
     if path not in paths:
         raise HttpError(HTTPStatus.NOT_FOUND, f"no such path; there are: {' '.join(paths)}")
     if method not in ("GET", "HEAD"):
         raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "nothing can be changed here: only GET and HEAD")
-    return paths[path](dict(parse_qsl(query, keep_blank_values=True)))
+    return paths[path](Request(dict(parse_qsl(query, keep_blank_values=True)), accept))
 
 
 def _head_of(status: HTTPStatus, answer: Answer) -> bytes:

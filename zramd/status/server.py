@@ -4,6 +4,7 @@
     mem_limit 512M       changes it; the answer is only the blank line
     recompress type=idle long work; the answer is a line on what was done, and the blank line
     help                 all names that can be read, and those that can be changed with VALUE behind
+    GET /metrics HTTP/1.1  metrics by HTTP, which ends the connection: see zramd/status/http.py
     anything refused     error: ERRNO what was wrong
 
 A connection may ask any number of times. `save` and `restore` work on a file, or a pipe, that the client has open: its
@@ -12,6 +13,7 @@ descriptor comes with their line (SCM_RIGHTS), so that the server needs no way t
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -21,6 +23,8 @@ from zramd.listeners import Connections, peer_ids
 from zramd.status.attributes import NAMES, STREAMED, AttributeRefusedError, Served, read, stream
 from zramd.status.caller import Caller
 from zramd.status.control import WORDS, write
+from zramd.status.http import answer_request
+from zramd.status.scraping import metrics_paths
 
 MAX_LINE = 4096
 """Bytes in a request."""
@@ -34,6 +38,8 @@ READ_PAUSE = 0.001
 """Readers take turns, an answer or a connection in this many seconds: what they ask for costs I/O time."""
 
 HELP = "help"
+_HTTP = re.compile(rb"[A-Z]+ .* HTTP/[0-9.]+\r?")
+"""How a request of HTTP begins."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class StatusServer(Connections):
     def __init__(self, served: Served, kind: str = "status") -> None:
         super().__init__(kind, MAX_CLIENTS, self._answer_lines)
         self._served = served
+        self._paths = metrics_paths([served])
         self._turn = threading.Lock()
 
     def _answer_lines(self, sock: socket.socket) -> None:
@@ -64,10 +71,13 @@ class StatusServer(Connections):
             if not received and pending:
                 lines.append(pending)
             sock.settimeout(SEND_SECONDS)
-            for line in lines:
+            for number, line in enumerate(lines):
                 if len(line) > MAX_LINE:
                     pending = line
                     break
+                if _HTTP.fullmatch(line):
+                    answer_request(sock, self._paths, b"\n".join([*lines[number:], pending]))
+                    return
                 if line.strip():
                     self._reply(sock, line, caller)
             if len(pending) > MAX_LINE:

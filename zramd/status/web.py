@@ -17,7 +17,7 @@ from zramd.device.life import UninitialisedError
 from zramd.device.page_map import MOST_CELLS, PageKind, PageMap, map_pages
 from zramd.status.attributes import Served, everything
 from zramd.status.history import History
-from zramd.status.http import Answer, HttpError, Paths
+from zramd.status.http import Answer, HttpError, Paths, Request
 
 DATA_SECONDS = 0.5
 """The data of a moment are the answer for so long."""
@@ -82,13 +82,13 @@ class Web:
         times, disks = self._history.columns()
         return _json({"times": times, "disks": disks})
 
-    def _tell_map(self, query: dict[str, str]) -> Answer:
+    def _tell_map(self, request: Request) -> Answer:
         """Return the map of a `disk` in at most so many `cells`.
 
         Raises:
             HttpError: there is no such disk, or that is no number of cells.
         """
-        name, cells = query.get("disk", ""), query.get("cells", str(MOST_CELLS))
+        name, cells = request.query.get("disk", ""), request.query.get("cells", str(MOST_CELLS))
         if name not in self._maps:
             raise HttpError(HTTPStatus.NOT_FOUND, f"no such disk; there are: {' '.join(self._maps)}")
         if not re.fullmatch(r"0*[1-9][0-9]{0,8}", cells, re.ASCII):
