@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tests.nbd_bytes import receive_rest
 from tests.property.test_device import make_data, write
+from zramd.cli.stat import stat
 from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice
 from zramd.listeners import listen_tcp, listen_unix
@@ -139,6 +141,27 @@ def test_metrics_of_two_servers_differ_by_device_alone_and_each_family_comes_onc
     assert len(samples(text, Format.TEXT)) == 2 * len(samples(render([facts], Format.TEXT), Format.TEXT))
     types = re.findall("^# TYPE (\\S+)", text, re.MULTILINE)
     assert len(types) == len(set(types))
+
+
+def test_a_file_for_node_exporter_is_whole_readable_and_gone_with_the_server(site: Site, tmp_path: Path) -> None:
+    target = tmp_path / "textfiles" / "zramd.prom"
+    target.parent.mkdir()
+
+    def run(*arguments: str, status: Path = site.status) -> tuple[int, str]:
+        result = CliRunner().invoke(stat, ["--prometheus", "--status", str(status), *arguments])
+        return result.exit_code, result.output
+
+    status, printed = run()
+    assert status == 0
+    assert run("--output", str(target)) == (0, "")
+    assert samples(target.read_text(), Format.TEXT).keys() == samples(printed, Format.TEXT).keys()
+    assert target.stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in target.parent.iterdir()] == ["zramd.prom"]
+    missing = tmp_path / "none" / "zramd.prom"
+    assert run("--output", str(missing)) == (1, f"Error: cannot write {missing}: No such file or directory\n")
+    status, said = run("--output", str(target), status=tmp_path / "gone")
+    assert (status, said.startswith("Error: ")) == (1, True)
+    assert not target.exists()
 
 
 def names_in_use() -> set[str]:

@@ -31,10 +31,16 @@ def disk_socket(given: Path | None, suffix: str) -> Path:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_attributes)
+@click.argument("name", required=False, shell_complete=complete_attributes)
 @click.option("--human", is_flag=True, help="For `classes`: only what is in use, with bars for occupancy.")
+@click.option("--prometheus", is_flag=True, help="Instead of an attribute: metrics of all disks, for Prometheus.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --prometheus: a file to be replaced at once by the metrics, or removed if no server answers.",
+)
 @status_option
-def stat(name: str, human: bool, socket: Path | None) -> None:
+def stat(name: str | None, human: bool, prometheus: bool, output: Path | None, socket: Path | None) -> None:
     """Print the attribute NAME of a running server, as the kernel prints it for zram.
 
     Sizes are in bytes. Names: mm_stat io_stat debug_stat stat disksize comp_algorithm mem_limit mem_used_max initstate,
@@ -45,13 +51,35 @@ def stat(name: str, human: bool, socket: Path | None) -> None:
     Example:
       zramd stat mm_stat
       zramd stat classes --human
+      zramd stat --prometheus --output /var/lib/prometheus/node-exporter/zramd.prom
     """
+    if prometheus:
+        if name is not None or human:
+            raise click.UsageError("--prometheus goes with no attribute: its metrics have all of them")
+        _print_metrics(socket, output)
+        return
+    if output is not None:
+        raise click.UsageError("--output goes with --prometheus")
+    if name is None:
+        raise click.UsageError("Missing argument 'NAME'.")
     if name.split() != [name]:
         raise click.UsageError(f"{name!r} is not the name of an attribute; to change one: zramd set NAME=VALUE")
     if human and name != "classes":
         raise click.UsageError("--human is for `classes`; for a table of the rest: zramd status")
     text = request(disk_socket(socket, STATUS_SUFFIX), name)
     click.echo(_show_classes(text) if human else text, nl=False)
+
+
+def _print_metrics(socket: Path | None, output: Path | None) -> None:
+    from zramd.cli.prometheus import write_metrics
+
+    try:
+        text = write_metrics(socket, output)
+    except StatusError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"cannot write {output}: {error.strerror}") from error
+    click.echo(text, nl=False)
 
 
 BAR = 30
