@@ -210,3 +210,12 @@ def test_an_image_is_not_taken_from_or_given_to_what_is_closed(verb: str, standa
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: - is not {verb}d: E")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_a_command_that_waits_without_a_traceback(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "_connect", interrupt)
+    result = CliRunner().invoke(main, ["stat", "mm_stat", "--status", str(served / "status")])
+    assert (result.exit_code, result.output) == (130, "\n")

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C has ended, as shells have it."""
+
 _VERBS = {
     "serve": ("zramd.cli.serve:serve", "Serve disks over NBD until SIGINT or SIGTERM."),
     "status": ("zramd.cli.status:status", "Show the disks that are served in a table."),
@@ -70,6 +73,14 @@ class _Verbs(click.Group):
             click.echo(f"Error: {where}: {error.strerror or error}", err=True)
             forget_output()
             sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; Ctrl-C ends it with the status that shells have for that."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo(err=True)
+            ctx.exit(INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)

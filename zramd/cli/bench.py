@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zramd.cli import INTERRUPTED
 from zramd.cli.options import Parsed
-from zramd.cli.progress import INTERRUPTED, show
+from zramd.cli.progress import show
 from zramd.cli.table import bar, table
 from zramd.layout import ACCESSED_BYTES, PAGE_SIZE, WORD
 from zramd.sizes import format_size, parse_size

@@ -8,13 +8,12 @@ from typing import Any
 
 import click
 
+from zramd.cli import INTERRUPTED
 from zramd.sizes import format_size
 from zramd.status.client import StatusError, ask
 
 LOOK_SECONDS = 0.2
 """Between two looks at how far the work is."""
-INTERRUPTED = 130
-"""The exit status of what Ctrl-C has ended, as shells have it."""
 
 
 class _Asking(threading.Thread):

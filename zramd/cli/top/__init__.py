@@ -11,8 +11,8 @@ from types import ModuleType
 
 import click
 
+from zramd.cli import INTERRUPTED
 from zramd.cli.completion import complete_sockets
-from zramd.cli.progress import INTERRUPTED
 from zramd.cli.status import NotRunningError
 from zramd.cli.top.tracker import Finder, Tracker, note
 from zramd.paths import STATUS_SUFFIX

@@ -18,7 +18,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from zramd.cli.progress import INTERRUPTED
+from zramd.cli import INTERRUPTED
 from zramd.cli.top.tracker import Asking, Finder, Tracker, note
 from zramd.cli.top.view import View
 
