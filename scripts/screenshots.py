@@ -98,7 +98,7 @@ class Load:
             return 0
         if not kept:
             return 0
-        places = kept[-1 - int(generator.random() ** 4 * len(kept))]
+        places = kept[-1 - int(generator.random() ** 8 * len(kept))]
         for _ in range(40):
             length = generator.choice([4096, 4096, 16384, 65536])
             client.pread(length, generator.choice(places) + generator.randrange(EXTENT - length) // 4096 * 4096)

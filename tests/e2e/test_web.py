@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ServerProcess, start_server
+from zramd.status.percentile import percentile
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -162,6 +163,16 @@ def test_the_page_shows_the_numbers_of_the_socket_and_follows_them(site: Site, p
         "[...document.querySelectorAll('#map-legend tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
     )
     assert ["huge, idle", "49", "196 KiB", "0.3 %"] in legend
+
+
+def test_percentiles_on_the_page_are_those_of_other_clients(site: Site, page: Page) -> None:
+    told = json.loads(site.server.ask("json"))
+    bounds, buckets = told["latency_bounds"], told["requests"]["write"]["buckets"]
+    assert sum(buckets) >= 5
+    for counts in (buckets, [0, 3, 0, 40, 2], [5], []):
+        for share in (0.5, 0.99, 1):
+            shown = page.evaluate(f"percentile({json.dumps(counts)}, {share})")
+            assert shown == pytest.approx(percentile(bounds, counts, share))
 
 
 def test_the_page_fits_a_desktop_and_a_phone_in_light_and_dark(site: Site, page: Page) -> None:
