@@ -38,7 +38,7 @@ def _stored(stored: int, used: int, size: int, compressed: int) -> str:
     ratio = f", a ratio of {stored / used:.2f}" if used else ""
     return (
         f"{format_size(stored)} of it ({stored / size:.0%}) is stored, compressed to {format_size(compressed)}. "
-        f"That takes {format_size(used)} of memory: {effect} than without zramd{ratio}."
+        f"That takes {format_size(used)} of memory: {effect} than uncompressed{ratio}."
     )
 
 
