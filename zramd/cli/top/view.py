@@ -174,7 +174,7 @@ class View:
     def _classes(self, sample: Sample, room: int) -> list[Text]:
         """Return the pool in this many lines: a heading, the classes that come first, all together."""
         pool = sample.pool
-        heading = Text(f"{'class':>7}{'memory':>9}{'objects':>11}{'compactable':>13}  occupancy", TITLE)
+        heading = Text.assemble((f"{'class':>7}{'memory':>9}{'objects':>11}{'compactable':>13}  occupancy", TITLE))
         heading.append(f"   by {self.sort}", DIM)
         classes = sorted(sample.classes, key=self._key, reverse=self.sort is not Sort.SIZE)
         lines = [self._class(str(use.size), use) for use in classes[: max(room - 2, 0)]]
@@ -199,7 +199,7 @@ class View:
 
     @staticmethod
     def _work(tracker: Tracker, sample: Sample) -> Text:
-        line = Text("work    ", TITLE)
+        line = Text.assemble(("work    ", TITLE))
         works = [describe(work, cancelled=work["cancelled"]) for work in sample.facts["work"]]
         if works or tracker.ended is None:
             return line.append("; ".join(works) or "none", "" if works else DIM)
@@ -208,7 +208,7 @@ class View:
 
     @staticmethod
     def _pressure(pressure: Pressure | None) -> list[Text]:
-        line = Text("pressure", TITLE).append(" ")
+        line = Text.assemble(("pressure", TITLE), " ")
         if pressure is None:
             return [line.append("on memory: this kernel does not tell (psi=1)", DIM)]
         text = f"on memory, of the last 10 s: some tasks waited {pressure.some:.1f}%, all {pressure.full:.1f}%"
