@@ -51,7 +51,7 @@ def find_disk(suffix: str = STATUS_SUFFIX) -> Path:
 NOBODY_LISTENS = "nobody listens there any more; start one with `zramd serve`"
 
 
-def _reason(path: Path, error: OSError) -> str:
+def _reason(path: Path, error: OSError, seconds: float | None) -> str:
     """Say why a server cannot be asked, and what to do."""
     match error:
         case FileNotFoundError():
@@ -61,7 +61,7 @@ def _reason(path: Path, error: OSError) -> str:
         case PermissionError():
             return "it is for others; run this as root or the server's owner, or serve with --status-group"
         case TimeoutError():
-            return f"nothing came within {SECONDS:.0f} s; it hangs, or is no socket of zramd"
+            return f"nothing came within {seconds or SECONDS:.0f} s; it hangs, or is no socket of zramd"
         case ConnectionResetError() | BrokenPipeError():
             return "it hung up; it has ended, or is no status or admin socket"
     return error.strerror or str(error)
@@ -86,9 +86,9 @@ def _connect(path: Path) -> socket.socket:
     return sock
 
 
-def _failure(path: Path, error: OSError) -> StatusError:
+def _failure(path: Path, error: OSError, seconds: float | None) -> StatusError:
     kind = NoServerError if isinstance(error, FileNotFoundError | ConnectionRefusedError) else StatusError
-    return kind(f"no server answers at {path}: {_reason(path, error)}")
+    return kind(f"no server answers at {path}: {_reason(path, error, seconds)}")
 
 
 def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterator[bytes]:
@@ -109,7 +109,7 @@ def stream(path: Path, request: str, seconds: float | None = SECONDS) -> Iterato
                     return
                 yield line
     except OSError as error:
-        raise _failure(path, error) from error
+        raise _failure(path, error, seconds) from error
     raise StatusError(f"the server at {path} ended in the middle of its answer")
 
 
@@ -132,7 +132,7 @@ def ask(path: Path, request: str, seconds: float | None = SECONDS, descriptor: i
             sock.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
     except OSError as error:
-        raise _failure(path, error) from error
+        raise _failure(path, error, seconds) from error
     if not answer.endswith(b"\n"):
         raise StatusError(f"the server at {path} closed the connection without an answer")
     text = answer[:-1].decode(errors="replace")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zramd.cli.top.sample import Rate, Sample, as_json, rates, take
-from zramd.status.client import StatusError, find_disks
+from zramd.status.client import NoServerError, StatusError, find_disks
 
 HISTORY = 200
 """Intervals of which rates are kept."""
@@ -21,12 +21,16 @@ FIND_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was found at a status socket at a time (CLOCK_MONOTONIC): a sample, or why there is none."""
+    """What was found at a status socket at a time (CLOCK_MONOTONIC): a sample, or why there is none.
+
+    `runs` is false if nobody listens there, true if there is a server that does not answer.
+    """
 
     path: Path
     at: float
     sample: Sample | None
     trouble: str = ""
+    runs: bool = True
 
 
 class Finder:
@@ -60,7 +64,7 @@ def _ask(path: Path) -> Answer:
     try:
         return Answer(path, time.monotonic(), take(path))
     except StatusError as error:
-        return Answer(path, time.monotonic(), None, str(error))
+        return Answer(path, time.monotonic(), None, str(error), not isinstance(error, NoServerError))
 
 
 @dataclass(slots=True)
@@ -71,7 +75,9 @@ class Tracker:
         now: the last sample, None before the first.
         rates: by operation over the last interval of `seconds`, None if there are none.
         history: requests a second, all operations together, the last one last.
-        trouble: why the server does not answer, empty if it does; then `gone` is since when.
+        trouble: why the server does not answer, empty if it does.
+        runs: whether there is a server.
+        gone: since when it does not answer.
         restarts: how often the counters began anew.
         ended: the last work that was under way and is no more, and when that was noticed.
     """
@@ -82,6 +88,7 @@ class Tracker:
     seconds: float | None = None
     history: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
     trouble: str = ""
+    runs: bool = True
     gone: float = 0.0
     restarts: int = 0
     ended: tuple[dict[str, Any], float] | None = None
@@ -93,7 +100,7 @@ class Tracker:
 
     def note(self, answer: Answer) -> None:
         """Take in what was found."""
-        before, self.rates, self.seconds = self.now, None, None
+        before, self.rates, self.seconds, self.runs = self.now, None, None, answer.runs
         if answer.sample is None:
             if not self.trouble:
                 self.gone = answer.at

@@ -96,8 +96,8 @@ class View:
         return line
 
     def _trouble(self, tracker: Tracker) -> Text:
-        away = f" for {time.monotonic() - tracker.gone:.0f} s" if tracker.gone else ""
-        return Text(f"not running{away}: {tracker.trouble}", "bold red")
+        what = "no answer" if tracker.runs else "not running"
+        return Text(f"{what} for {time.monotonic() - tracker.gone:.0f} s: {tracker.trouble}", "bold red")
 
     def _disk(self, tracker: Tracker, sample: Sample) -> list[Text]:
         top = [*self._memory(sample), Text(), *self._operations(tracker, sample), Text()]
@@ -189,7 +189,8 @@ class View:
         line = Text(
             f"{name:>7}{format_size(use.memory):>9}{use.used:11,}{spare:>13}  ", TITLE if name == "pool" else ""
         )
-        return line.append(self._bar(use.occupancy, max(self.width - 49, 8))).append(f" {use.occupancy:4.0%}")
+        shown = self._bar(use.occupancy if use.allocated else 0.0, max(self.width - 49, 8))
+        return line.append(shown).append(f" {use.occupancy:4.0%}" if use.allocated else "    -")
 
     def _policy(self, sample: Sample) -> list[Text]:
         wrapped = textwrap.wrap(" ".join(sample.policy), self.width - 8, max_lines=2, placeholder=" ...")
