@@ -685,6 +685,13 @@ def test_the_sockets_of_a_killed_server_are_taken_over_and_those_of_a_living_one
     assert [path.name for path in tmp_path.iterdir()] == ["zramd.toml"]
 
 
+@pytest.mark.parametrize("option", ["--web", "--metrics"])
+def test_pages_and_metrics_are_for_loopback_only(tmp_path: Path, option: str) -> None:
+    sockets = "--unix", tmp_path / "nbd", "--status", tmp_path / "status"
+    refused = zramd("serve", "--size", "8M", "--volatile", *sockets, option, "0.0.0.0:9586")
+    assert_refused(refused, 1, option, "a loopback address, not 0.0.0.0")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", ""])  # noqa: S104 (that is the point)
 def test_plain_tcp_that_others_could_reach_is_refused_unless_it_is_allowed(tmp_path: Path, host: str) -> None:
     port = free_port(socket.AF_INET6 if host == "[::]" else socket.AF_INET, host.strip("[]"))

@@ -89,6 +89,7 @@ def test_the_page_may_run_what_is_in_it_and_nothing_else(site: Site) -> None:
     assert "Set-Cookie" not in headers
     assert set(re.findall(rb"https?://[^\"' ]+", body)) == {b"http://www.w3.org/2000/svg"}
     assert site.get("/", "HEAD") == (headers, b"")
+    assert b'\nzramd_disksize_bytes{device="zram0"} 67108864\n' in site.get("/metrics")[1]
 
 
 def test_the_data_are_those_of_the_status_socket(site: Site) -> None:

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import add
 from time import monotonic_ns
 
 from zramd.layout import (
@@ -91,7 +92,7 @@ class Requests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connected: list[RequestCounters] = []
-        self._ended = record(REQUEST_WORDS)
+        self._ended = {command: [0] * _END for command in OPERATIONS.values()}
 
     @contextmanager
     def counting(self) -> Iterator[RequestCounters]:
@@ -104,17 +105,15 @@ class Requests:
         finally:
             with self._lock:
                 self._connected.remove(counters)
-                for command in OPERATIONS.values():
-                    self._ended[command * _END : (command + 1) * _END] = _row([self._ended, counters.words], command)
+                self._ended = {command: _sum(row, [counters], command) for command, row in self._ended.items()}
 
     def stat(self) -> dict[str, OperationStat]:
         """Return what was answered, by operation."""
         with self._lock:
-            records = [self._ended, *(counters.words for counters in self._connected)]
-            rows = {name: _row(records, command) for name, command in OPERATIONS.items()}
+            rows = {name: _sum(self._ended[command], self._connected, command) for name, command in OPERATIONS.items()}
         stats = {}
         for name, row in rows.items():
-            buckets = row[_BUCKETS:].tolist()
+            buckets = row[_BUCKETS:]
             stats[name] = OperationStat(sum(buckets), row[_ERRORS], row[_BYTES], row[_NANOSECONDS], buckets)
         return stats
 
@@ -125,13 +124,11 @@ class Requests:
             return sum(counters.words[REQUESTS_IN_FLIGHT] for counters in self._connected)
 
 
-def _row(records: list[memoryview], command: int) -> memoryview:
-    """Return the sum of the words that connections have for a command."""
-    total = record(_END)
+def _sum(total: list[int], connections: list[RequestCounters], command: int) -> list[int]:
+    """Return what a command has with the words of connections added."""
     start = command * _END
-    for words in records:
+    for words in (counters.words for counters in connections):
         # Most connections use two commands: the rest is not worth adding.
         if words[start + _NANOSECONDS] or words[start + _ERRORS]:
-            for position, word in enumerate(words[start : start + _END].tolist()):
-                total[position] += word
+            total = list(map(add, total, words[start : start + _END]))
     return total
