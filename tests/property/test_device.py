@@ -3,9 +3,11 @@
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 from uuid import UUID
 
 from hypothesis import strategies as st
@@ -16,28 +18,37 @@ from zramd.backing.store import SEGMENT
 from zramd.device.algorithms import codec_number
 from zramd.device.cleaning import clean, reclaim
 from zramd.device.codecs import codec
-from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat
+from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, WritebackSettings
+from zramd.device.disk import Disk
 from zramd.device.fetching import Fetched, NotInMemoryError
 from zramd.device.idle import mark_idle
 from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
 from zramd.device.pages import NoSpaceError
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
-from zramd.device.writeback import Selection, Writeback, WritebackType
+from zramd.device.state import uptime
+from zramd.device.survey import Survey, take_survey
+from zramd.device.training import Training, train
+from zramd.device.work import Work, WorkKind
+from zramd.device.writeback import LimitError, Selection, Writeback, WritebackType
 from zramd.device.zram import Device
 from zramd.layout import (
     CODECS,
     ENTRY_HANDLE_MASK,
     ENTRY_IDLE,
+    ENTRY_INCOMPRESSIBLE,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
     PAGE_SIZE,
+    PRIORITIES,
     DeviceRecord,
     PageState,
 )
 from zramd.memory import RegionStore
+from zramd.policy.loop import Policy
+from zramd.policy.rules import Mode, Rules, Watermark
 
 PAGES = 96
 SIZE = PAGES * PAGE_SIZE
@@ -130,6 +141,39 @@ def recount(device: Device, before: MmStat) -> MmStat:
 
 
 DICTIONARY = bytes(make_data("text", 99, 4096))
+EVERYTHING = [Selection(WritebackType.ANY, 0, PAGES - 1)]
+CUT_SHORT = [
+    WorkKind.COMPACT,
+    WorkKind.RECOMPRESS,
+    WorkKind.WRITEBACK,
+    WorkKind.IDLE,
+    WorkKind.SURVEY,
+    WorkKind.TRAIN,
+]
+POLICIES = [
+    Rules(Mode.ON, idle_after=0, recompression=Recompression(idle=True)),
+    Rules(Mode.ON, idle_after=600, recompression=Recompression(huge=True)),
+    # Memory is short from the first byte on, so what is idle goes at once.
+    Rules(Mode.ON, idle_after=0, writeback_after=600, high=Watermark(size=1), write_budget=1 << 60),
+    Rules(Mode.DRY_RUN, idle_after=0, writeback_after=600, high=Watermark(size=1), write_budget=1 << 60),
+]
+
+
+class CancelledWork(Work):
+    """Work that is cancelled once it has been asked so many times whether it is."""
+
+    def __init__(self, kind: WorkKind, looks: int) -> None:
+        self._looks = looks
+        super().__init__(kind)
+
+    @property
+    def cancelled(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        assert not value
 
 
 class DeviceMachine(RuleBasedStateMachine):
@@ -272,6 +316,84 @@ class DeviceMachine(RuleBasedStateMachine):
         assert after.orig_data_size == before[0].orig_data_size
         with device:
             assert not any(kind.matches(device.entry(page)) for page in range(first, selection.last + 1))
+
+    @rule(limit=st.integers(0, PAGES))
+    def write_back_up_to_a_limit(self, limit: int) -> None:
+        device = self.device
+        assert device.backing is not None
+        with device:
+            device.writeback = WritebackSettings(limit, limited=True)
+        work = Writeback(device, device.backing, EVERYTHING)
+        try:
+            work.run()
+        except LimitError:
+            assert work.outcome.written == limit < work.outcome.candidates
+        else:
+            assert work.outcome.written == work.outcome.candidates <= limit
+        with device:
+            assert device.writeback.limit == limit - work.outcome.written
+            device.writeback = WritebackSettings()
+
+    @rule(kind=st.sampled_from(CUT_SHORT), looks=st.integers(0, 8))
+    def cut_work_short(self, kind: WorkKind, looks: int) -> None:
+        """Cancel work once it has looked so many times whether it is; pages keep what they hold, wherever they are."""
+        device, work = self.device, CancelledWork(kind, looks)
+        assert device.backing is not None
+        if kind is WorkKind.COMPACT:
+            device.compact(work)
+        elif kind is WorkKind.RECOMPRESS:
+            self.recompressed = True
+            Recompressor(device, Recompression(), work).run()
+        elif kind is WorkKind.WRITEBACK:
+            Writeback(device, device.backing, EVERYTHING, work).run()
+        elif kind is WorkKind.IDLE:
+            in_slices(device, mark_idle(device, None, work))
+        elif kind is WorkKind.SURVEY:
+            in_slices(device, take_survey(device, [0], 0, uptime(), Survey(), work))
+        else:
+            self._train(work)
+
+    def _train(self, work: Work) -> Training | None:
+        with patch("zramd.device.training.MIN_SAMPLES", 1), suppress(ValueError):
+            return train(self.device, 1024, (1,), work)
+        return None  # too few pages, or such that no dictionary can be made of them
+
+    @rule(priority=st.integers(0, 3))
+    def train_and_install(self, priority: int) -> None:
+        made = self._train(Work(WorkKind.TRAIN))
+        if made:
+            with suppress(CodecInUseError):
+                self.opened.set_algorithm(priority, codec("zstd", 1, made.dictionary))
+
+    @rule(policy=st.sampled_from(POLICIES))
+    def let_the_policy_act(self, policy: Rules) -> None:
+        disk = Disk("zram0", None)
+        disk.opened = self.opened
+        self.recompressed = True
+        acting = Policy(disk, policy, lambda: None)
+        decision = acting.step()
+        for _ in range(2):
+            if acting._worker:
+                acting._worker.join()
+            decision = acting.step()
+        if acting._worker:
+            acting._worker.join()
+        assert decision.reasons
+
+    @rule()
+    def survey(self) -> None:
+        device, found = self.device, Survey()
+        in_slices(device, take_survey(device, [0], 0, uptime(), found, Work(WorkKind.SURVEY)))
+        highest = max(device.identity.algorithms.secondary, default=0)
+        with device:
+            objects = [entry for _, entry in device.entries() if WritebackType.ANY.matches(entry)]
+        untried = [
+            entry
+            for entry in objects
+            if not entry & ENTRY_INCOMPRESSIBLE and codec_number(entry) % PRIORITIES < highest
+        ]
+        assert (found.objects, found.idle, found.improvable) == (len(objects), {0: len(objects)}, {0: len(untried)})
+        assert found.huge == sum(map(WritebackType.HUGE.matches, untried)) == found.improvable_huge[0]
 
     @rule()
     def clean_the_store(self) -> None:
