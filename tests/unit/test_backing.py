@@ -110,6 +110,8 @@ class StoreMachine(RuleBasedStateMachine):
     def read(self) -> None:
         for place, (number, data) in self.objects.items():
             assert self.store.read(place, number, len(data)) == data
+        wanted = [(place, number, len(data)) for place, (number, data) in self.objects.items()]
+        assert self.store.read_together(wanted) == dict(self.objects.values())
 
     @rule()
     def find_them_in_the_sparsest_segment(self) -> None:

@@ -23,7 +23,8 @@ import struct
 import threading
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 from zramd.backing.medium import BLOCK, Medium, aligned_buffer
@@ -51,6 +52,10 @@ SPARSE = (1 << SEGMENT_UNITS_SHIFT) * 7 // 8
 """Units: a segment with more live ones is not worth cleaning."""
 LARGEST = 3 * BLOCK
 """The blocks that an object may touch."""
+TOGETHER = 32 * BLOCK
+"""Most that is read at a time of objects that lie near each other."""
+NEAR = 4 * BLOCK
+"""Most that is read between two of them, which nobody wants: it takes less time than to read again."""
 
 LABEL = struct.Struct("<8sQ16s")
 LABEL_MAGIC = b"zramd\0BK"
@@ -99,6 +104,7 @@ class Store:
         self._buffer = aligned_buffer(SEGMENT)
         self._reading = aligned_buffer(SEGMENT)
         self._buffers: list[memoryview] = []
+        self._large_buffers: list[memoryview] = []
         self._lock = threading.Lock()
 
     def read(self, place: int, number: int, length: int) -> bytes:
@@ -108,18 +114,51 @@ class Store:
             OSError: the medium failed.
             DamagedObjectError: the object is not what was written.
         """
-        start = place << BACKING_UNIT_SHIFT
-        first = start & -BLOCK
-        size = (start + OBJECT_OVERHEAD + length - first + BLOCK - 1) & -BLOCK
+        first, end = _blocks_of(place, length)
+        with self._blocks(first, end, self._buffers, LARGEST) as blocks:
+            return self._sealer.unseal(number, length, blocks[(place << BACKING_UNIT_SHIFT) - first :])
+
+    @contextmanager
+    def _blocks(self, first: int, end: int, buffers: list[memoryview], most: int) -> Iterator[memoryview]:
+        """Read blocks to one of `buffers`, which have room for `most` bytes each, and have it for a moment."""
         with self._lock:
-            buffer = self._buffers.pop() if self._buffers else aligned_buffer(LARGEST)
+            buffer = buffers.pop() if buffers else aligned_buffer(most)
         try:
-            self.medium.read(buffer[:size], first)
-            return self._sealer.unseal(number, length, buffer[start - first :])
+            self.medium.read(buffer[: end - first], first)
+            yield buffer
         finally:
             with self._lock:
-                self._buffers.append(buffer)
-                self._kept[Kept.READS] += size // BLOCK
+                buffers.append(buffer)
+                self._kept[Kept.READS] += (end - first) // BLOCK
+
+    def read_together(self, objects: Iterable[tuple[int, int, int]]) -> dict[int, bytes]:
+        """Return the data of objects, given as (place, number, length), by number.
+
+        Those that lie near each other are read at a time. What cannot be read, or is damaged, is left out, and perhaps
+        what lies near it: `read` tells.
+        """
+        found: dict[int, bytes] = {}
+        group: list[tuple[int, int, int]] = []
+        first = end = 0
+        for place, number, length in sorted(objects):
+            start, stop = _blocks_of(place, length)
+            if group and (start - end > NEAR or stop - first > TOGETHER):
+                found |= self._read_group(group, first, end)
+                group = []
+            if not group:
+                first = start
+            group.append((place, number, length))
+            end = stop
+        return found | self._read_group(group, first, end) if group else found
+
+    def _read_group(self, group: list[tuple[int, int, int]], first: int, end: int) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
+        with suppress(OSError), self._blocks(first, end, self._large_buffers, TOGETHER) as blocks:
+            for place, number, length in group:
+                with suppress(DamagedObjectError):
+                    sealed = blocks[(place << BACKING_UNIT_SHIFT) - first :]
+                    found[number] = self._sealer.unseal(number, length, sealed)
+        return found
 
     def reused(self, place: int) -> int:
         """Return how often the segment of a place has been used again. The caller holds the device's lock."""
@@ -307,6 +346,12 @@ class Store:
         with self._lock:
             self._kept.release()
             self._kept = memoryview(bytearray(Kept.END * WORD)).cast("Q")
+
+
+def _blocks_of(place: int, length: int) -> tuple[int, int]:
+    """Return where the blocks of an object start and end, in bytes."""
+    start = place << BACKING_UNIT_SHIFT
+    return start & -BLOCK, (start + OBJECT_OVERHEAD + length + BLOCK - 1) & -BLOCK
 
 
 def require_segments(medium: Medium) -> int:

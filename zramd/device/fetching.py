@@ -1,5 +1,6 @@
 """Pages that are only in the backing store: read without the device's lock, for who then takes it and looks again."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from zramd.layout import (
 
 if TYPE_CHECKING:
     from zramd.device.pages import Pages
+
+BATCH = 32
+"""Pages that are read together, and then looked at under one hold of the lock."""
 
 _STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
 _WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
@@ -61,7 +65,50 @@ def _reused(device: "Pages", entry: int) -> int:
 
 def fetch(device: "Pages", pages: list[int]) -> dict[int, Fetched]:
     """Read pages from wherever they are. The caller does not hold the device's lock."""
-    return {index: fetch_page(device, index) for index in pages}
+    found: dict[int, Fetched] = {}
+    for start in range(0, len(pages) if len(pages) > 1 else 0, BATCH):
+        found |= _fetch_together(device, pages[start : start + BATCH])
+    return found | {index: fetch_page(device, index) for index in pages if index not in found}
+
+
+def _fetch_together(device: "Pages", pages: list[int]) -> dict[int, Fetched]:
+    """Return those of some pages that are in the backing store, are read whole, and do not change meanwhile."""
+    with device:
+        backing = None if device.retired else device.backing
+        if backing is None:
+            return {}
+        entries = {index: device.entry(index) for index in pages}
+        seen = {
+            index: Fetched(entry, _reused(device, entry), None)
+            for index, entry in entries.items()
+            if entry & _STATE_MASK == _WRITTEN_BACK
+        }
+    objects = backing.read_together(
+        (fetched.entry & ENTRY_HANDLE_MASK, index, _length(fetched.entry)) for index, fetched in seen.items()
+    )
+    found: dict[int, Fetched] = {}
+    with device:
+        for index, data in objects.items():
+            entry, reused = seen[index].entry, seen[index].reused
+            if device.retired or not seen[index].is_still(device, index):
+                continue
+            device.note_access(index)
+            with suppress(CodecError):
+                found[index] = Fetched(entry, reused, _page(device, entry, data))
+    return found
+
+
+def _length(entry: int) -> int:
+    return entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+
+
+def _page(device: "Pages", entry: int, data: bytes) -> bytes:
+    """Return the page of a written-back object. The caller holds the lock.
+
+    Raises:
+        CodecError: it is damaged.
+    """
+    return data if len(data) == PAGE_SIZE else device.decompress(entry, memoryview(data))
 
 
 def fetch_page(device: "Pages", index: int) -> Fetched:
@@ -74,13 +121,12 @@ def fetch_page(device: "Pages", index: int) -> Fetched:
             if entry & _STATE_MASK != _WRITTEN_BACK:
                 return _load(device, index, entry)
             reused, backing = _reused(device, entry), device.backing
-        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
         data, failure = b"", ""
         if backing is None:
             failure = "is on the backing store, which is missing"
         else:
             try:
-                data = backing.read(entry & ENTRY_HANDLE_MASK, index, length)
+                data = backing.read(entry & ENTRY_HANDLE_MASK, index, _length(entry))
             except OSError as error:
                 failure = f"cannot be read from the backing store: {error.strerror}"
             except DamagedObjectError as error:
@@ -91,8 +137,7 @@ def fetch_page(device: "Pages", index: int) -> Fetched:
             if not failure:
                 device.note_access(index)
                 try:
-                    page = data if length == PAGE_SIZE else device.decompress(entry, memoryview(data))
-                    return Fetched(entry, reused, page)
+                    return Fetched(entry, reused, _page(device, entry, data))
                 except CodecError as error:
                     failure = f"is damaged: {error}"
             device.note_failed_fetch()

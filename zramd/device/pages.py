@@ -8,7 +8,7 @@ from xxhash import xxh3_64_intdigest
 from zramd.backing import Store
 from zramd.device.algorithms import codec_number
 from zramd.device.codecs import Codec, CodecError
-from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError, fetch, fetch_page
+from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError, fetch
 from zramd.device.snapshot import Copies
 from zramd.device.state import DeviceState, uptime
 from zramd.device.stream import Prepared
@@ -84,7 +84,8 @@ class Pages(DeviceState):
 
     def fetch_pages(self, first: int, count: int) -> list[bytes | None]:
         """Read `count` pages from wherever they are, None for one that cannot be. The caller does not hold the lock."""
-        return [fetch_page(self, index).page for index in range(first, first + count)]
+        found = fetch(self, list(range(first, first + count)))
+        return [found[index].page for index in range(first, first + count)]
 
     def load_page(self, index: int) -> bytes:
         """Return a page that is in memory. The caller holds the lock.

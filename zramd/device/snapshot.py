@@ -249,6 +249,12 @@ class Snapshot:
     def _fetch(self, first: int, entries: list[int], data: bytes) -> tuple[list[int], bytes]:
         """Return entries and data with those of written-back pages, as if they were in memory."""
         backing = self._device.backing
+        wanted = (
+            (entry & ENTRY_HANDLE_MASK, index, data_bytes(entry))
+            for index, entry in enumerate(entries, first)
+            if entry & _STATE == _WRITTEN_BACK
+        )
+        together = backing.read_together(wanted) if backing else {}
         whole: list[int] = []
         parts: list[bytes] = []
         position = 0
@@ -258,7 +264,7 @@ class Snapshot:
                 if backing is None:
                     raise PageError(f"page {index} is on the backing store, which is missing")
                 try:
-                    parts.append(backing.read(entry & ENTRY_HANDLE_MASK, index, length))
+                    parts.append(together.get(index) or backing.read(entry & ENTRY_HANDLE_MASK, index, length))
                 except OSError as error:
                     raise PageError(f"page {index} cannot be read from the backing store: {error.strerror}") from error
                 except DamagedObjectError as error:

@@ -1,7 +1,8 @@
 """Writeback: pages go from memory to the backing store.
 
-Which pages, in which order, and what stops it is as in Linux 6.18 (writeback_store and zram_writeback_slots in
-zram_drv.c). But pages stay compressed, and are packed: their number says little about the blocks that they take.
+Which pages and what stops it is as in Linux 6.18 (writeback_store and zram_writeback_slots in zram_drv.c), and in which
+order too if not all of them may go; else neighbours stay neighbours. But pages stay compressed, and are packed: their
+number says little about the blocks that they take.
 
 Pages are copied out of the pool a batch at a time, and are published when the segment that they are in is written:
 first the segment, then the entries, each only if nobody touched the page meanwhile, then the objects in memory go.
@@ -102,6 +103,7 @@ class Writeback:
         self._pending: list[tuple[int, int, int]] = []
         self._failure: OSError | None = None
         self._batch = min(device.writeback.batch_size, MAX_BATCH)
+        self._by_size = most is not None or device.writeback.limited
 
     def run(self) -> WritebackOutcome:
         """Write back what there is.
@@ -147,7 +149,7 @@ class Writeback:
         for first, entries in self._device.chunks(selection.first, selection.last + 1):
             for offset, entry in enumerate(entries):
                 if selection.kind.matches(entry) and not _selects(earlier, first + offset, entry):
-                    buckets[size_of(entry) // BUCKET_BYTES].append(first + offset)
+                    buckets[size_of(entry) // BUCKET_BYTES if self._by_size else 0].append(first + offset)
             if self.work.cancelled:
                 return
             yield
