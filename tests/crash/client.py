@@ -51,6 +51,11 @@ class Client:
         """Expect every page to be empty."""
         self.possible: list[list[bytes]] = [[EMPTY] for _ in range(self._pages)]
 
+    def expect(self, disk: bytes) -> None:
+        """Expect each page to be what it is on a disk."""
+        start, end = self._first * PAGE_SIZE, (self._first + self._pages) * PAGE_SIZE
+        self.possible = [[disk[at : at + PAGE_SIZE]] for at in range(start, end, PAGE_SIZE)]
+
     def run(self, unix: Path, gone: Callable[[], bool]) -> None:
         """Send batches until the server is gone."""
         while not gone():

@@ -3,20 +3,21 @@
 import os
 import random
 import signal
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.crash.client import PAUSE_SECONDS, Client
 from tests.crash.servers import SECONDS, Server, Starter
 from tests.crash.steps import Phase, Step
+from tests.crash.traffic import Traffic, in_memory, save, say
 from tests.property.test_device import read, recount, write
 from tests.property.test_pool import check_invariants
 from zramd.backing.store import SEGMENT
 from zramd.device.codecs import parse_codec
+from zramd.device.disk import Disk
 from zramd.device.opening import OpenDevice, Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
@@ -31,7 +32,7 @@ from zramd.layout import (
     PoolRecord,
 )
 from zramd.memory import RegionStore
-from zramd.status.client import StatusError, ask
+from zramd.status.client import StatusError
 from zramd.zsmalloc.pool import ClassState
 
 PAGES = 1024
@@ -39,19 +40,32 @@ SIZE = PAGES * PAGE_SIZE
 SEGMENTS = 4
 """Of the backing store, which is full at times."""
 TRAFFIC_SECONDS = 0.05
-"""Before a disk is grown or reset."""
+"""Before a disk is grown, reset or restored."""
+SAID = ("zramd: connection ended:", "zramd: zram0: policy:")
+"""How lines begin that are no trouble: a client was sent away, or the policy has done something."""
+NOT_USED = " is not used: stored pages "
+"""What a server says at its start when the algorithm that it is to have was changed since."""
 
 
 class KilledDisk:
-    """A disk kept in `directory`, with two clients. It lives and is verified in turns.
+    """A disk kept in `directory`, with two clients. It lives and is verified in turns. If it is `busy`, it is saved all
+    the time too, and told everything that it can be told.
 
     `answered` counts the requests of both clients, `compacted` the pages that compaction has freed, `written_back` the
-    blocks that went to the backing store.
+    blocks that went to the backing store, `saved` the images that were verified.
     """
 
     def __init__(
-        self, directory: Path, seed: int, algorithm: str = "lz4", chain_size: int = 8, *, integrity: bool = False
+        self,
+        directory: Path,
+        seed: int,
+        algorithm: str = "lz4",
+        chain_size: int = 8,
+        *,
+        integrity: bool = False,
+        busy: bool = False,
     ) -> None:
+        self._busy = busy
         self._directory = directory
         self._algorithm = algorithm
         self._wanted = Wanted(SIZE, parse_codec(algorithm), chain_size, integrity=integrity)
@@ -63,7 +77,9 @@ class KilledDisk:
         self._sizes = [SIZE]
         self._asked = SIZE
         self._filler = random.Random(seed).randbytes(SIZE)
-        self.compacted = self.written_back = 0
+        self._image = b""
+        self._is_restored: bool | None = None
+        self.compacted = self.written_back = self.saved = 0
 
     @property
     def answered(self) -> int:
@@ -73,34 +89,84 @@ class KilledDisk:
         """Have a server killed that many seconds after it has answered so many requests."""
         server = self._start(starter)
         wanted = self.answered + requests
-        with _Traffic(self._clients, server, self._medium):
+        with self._traffic(server) as traffic:
             while self.answered < wanted and not server.has_died(PAUSE_SECONDS):
                 pass
             died = server.has_died(seconds)
             server.kill()
         assert not died, server.errors.read_text()
         _require_killed(server)
+        self._image = traffic.image
 
     def live_to(self, starter: Starter, step: Step, passing: int) -> None:
         """Have a server die when it passes a step for the n-th time."""
         server = self._start(starter, step, passing)
-        with _Traffic(self._clients, server, self._medium):
+        with self._traffic(server) as traffic:
             if step.phase is Phase.RESETTING:
                 server.has_died(TRAFFIC_SECONDS)
-                _ask(server, "reset force")
+                say(server, "reset force")
+            if step.phase is Phase.RESTORING:
+                server.has_died(TRAFFIC_SECONDS)
+                self._restore(server)
             if step.phase is Phase.ENLARGING:
                 server.has_died(TRAFFIC_SECONDS)
                 self._asked += SIZE
                 self._sizes.append(self._asked)
-                _ask(server, f"grow {self._asked}")
+                say(server, f"grow {self._asked}")
             died = server.has_died(SECONDS)
             server.kill()
         assert died, f"the step {step.name} was not passed {passing} times"
         _require_killed(server, f"killed at {step.name}")
-        if step.phase is Phase.RESETTING:
+        if step.phase in (Phase.RESETTING, Phase.RESTORING):
             for client in self._clients:
                 client.forget()
             self._sizes.insert(0, SIZE)
+        if step.phase is Phase.RESTORING:
+            self._is_restored = step.leaves_disk
+        if step.phase is not Phase.RESTORING:
+            self._image = traffic.image
+        elif step.leaves_disk:
+            held = _contents(self._image)
+            for client in self._clients:
+                client.expect(held)
+
+    def _traffic(self, server: Server) -> Traffic:
+        return Traffic(self._clients, server, self._medium, PAGES, busy=self._busy)
+
+    def _restore(self, server: Server) -> None:
+        """Have a server save its disk, throw it away, and restore it; it dies meanwhile."""
+        while True:
+            try:
+                self._image = save(server)
+                break
+            except StatusError:
+                # It is being saved, or does not serve yet.
+                assert not server.has_died(PAUSE_SECONDS)
+        say(server, "reset force")
+        with in_memory(self._image) as fd:
+            say(server, "restore fd", fd)
+
+    def live_while_savers_are_killed(self, starter: Starter, moments: Iterable[float]) -> None:
+        """Have `zramd save FILE` killed after so many seconds each, and then the server, while it saves too."""
+        directory = self._directory / "saved"
+        directory.mkdir(exist_ok=True)
+        file = directory / "zram0.img"
+        server = self._start(starter)
+        command = [sys.executable, "-m", "zramd", "save", "--admin", str(server.admin), str(file)]
+        with self._traffic(server) as traffic:
+            for seconds in moments:
+                before = file.read_bytes() if file.exists() else b""
+                with subprocess.Popen(command, stderr=subprocess.DEVNULL) as saver:
+                    time.sleep(seconds)
+                    saver.kill()
+                assert [path.name for path in directory.iterdir()] in ([], [file.name])
+                if file.exists() and (found := file.read_bytes()) != before:
+                    self.saved += bool(_contents(found))
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as saver:
+                server.has_died(TRAFFIC_SECONDS)
+                server.kill()
+        _require_killed(server)
+        self._image = traffic.image
 
     def _start(self, starter: Starter, step: Step | None = None, passing: int = 0) -> Server:
         made_with = ["--algorithm", self._algorithm, "--chain-size", str(self._wanted.chain_size)]
@@ -113,6 +179,8 @@ class KilledDisk:
         """Check all that is left, as the next server finds it. Return whether there was a disk."""
         opened = OpenDevice(RegionStore(self._state), self._wanted)
         try:
+            assert self._is_restored in (None, opened.recovered)
+            self._is_restored = None
             assert opened.device.disksize in self._sizes
             self._sizes = [opened.device.disksize]
             disk = read(opened.device, 0, SIZE)
@@ -121,6 +189,8 @@ class KilledDisk:
             _check_counters(opened.device)
             _check_pool(opened.device)
             self.written_back = max(self.written_back, opened.device.bd_stat().writes)
+            if self._image:
+                self.saved += bool(_contents(self._image))
             self.compacted = max(self.compacted, opened.device.mm_stat().pages_compacted)
             return opened.recovered
         finally:
@@ -154,6 +224,19 @@ class KilledDisk:
         for client in self._clients:
             client.forget()
         self.verify()
+
+
+def _contents(image: bytes) -> bytes:
+    """Return what is on a disk that is restored from an image, which must be whole."""
+    disk = Disk("restored", None)
+    with in_memory(image) as fd:
+        disk.restore(fd)
+    opened = disk.require_opened()
+    _check_counters(opened.device)
+    try:
+        return read(opened.device, 0, SIZE)
+    finally:
+        opened.close()
 
 
 def _check_counters(device: Device) -> None:
@@ -201,64 +284,7 @@ def _check_free_objects(state: ClassState, zspage: int) -> None:
 
 
 def _require_killed(server: Server, *last_words: str) -> None:
-    """Check that a server was killed, and had no other trouble; that a client is sent away is none."""
-    status = server.end()
-    said = [line for line in server.errors.read_text().splitlines() if not line.startswith("zramd: connection ended:")]
+    """Check that a server was killed, and had no other trouble."""
+    status, lines = server.end(), server.errors.read_text().splitlines()
+    said = [line for line in lines if not line.startswith(SAID) and NOT_USED not in line]
     assert (status, said) == (-signal.SIGKILL, list(last_words)), f"a server ended with status {status} and said {said}"
-
-
-class _Traffic:
-    """What goes on while a server lives: its clients, and long work of all kinds. It ends with the server."""
-
-    def __init__(self, clients: list[Client], server: Server, medium: Path) -> None:
-        self._failures: list[BaseException] = []
-        actions = [partial(client.run, server.unix, server.has_died) for client in clients]
-        actions.append(partial(_compact_and_recompress, server))
-        actions.append(partial(_write_back, server, medium))
-        self._threads = [threading.Thread(target=self._run, args=(action,)) for action in actions]
-
-    def _run(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except BaseException as error:
-            self._failures.append(error)
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._failures:
-            raise self._failures[0]
-
-
-def _compact_and_recompress(server: Server) -> None:
-    _ask(server, "recomp_algorithm algo=zstd priority=1")
-    while not server.has_died():
-        for request in ("compact 1", "recompress max_pages=20"):
-            _ask(server, request)
-            time.sleep(PAUSE_SECONDS)
-
-
-def _write_back(server: Server, medium: Path) -> None:
-    generator = random.Random(server.pid)
-    while not server.has_died(PAUSE_SECONDS):
-        first = generator.randrange(PAGES)
-        request = f"writeback page_indexes={first}-{min(PAGES, first + generator.randrange(1, 300)) - 1}"
-        # It may be full, or be busy with something else; after a reset there is none.
-        with suppress(StatusError, OSError):
-            if ask(server.admin, "backing_dev") == "none\n":
-                ask(server.admin, f"backing_dev {medium}")
-            ask(server.admin, request)
-
-
-def _ask(server: Server, request: str) -> None:
-    """Ask for a change, once the server can be asked; it may die of that, or before."""
-    deadline = time.monotonic() + SECONDS
-    while not server.has_died() and time.monotonic() < deadline:
-        with suppress(StatusError, OSError):
-            ask(server.admin, request)
-            return
-        time.sleep(PAUSE_SECONDS)

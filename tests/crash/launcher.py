@@ -77,7 +77,7 @@ def _arm(step: Step, passing: int) -> None:
 
     What passes steps before the regions are opened is a trial of the engine.
     """
-    begins = {Phase.ENLARGING: "grow", Phase.RESETTING: "reset"}.get(step.phase, "open")
+    begins = {Phase.ENLARGING: "grow", Phase.RESETTING: "reset", Phase.RESTORING: "restore"}.get(step.phase, "open")
     begin = getattr(Disk, begins)
 
     def armed(*arguments: Any, **named: Any) -> object:

@@ -17,13 +17,14 @@ class Phase(Enum):
     SERVING = "serving"
     ENLARGING = "making a disk larger"
     RESETTING = "resetting a disk"
+    RESTORING = "restoring a disk"
 
 
 @dataclass(frozen=True)
 class Step:
     """A step of `phase`, behind the statement of `function` that begins with `statement`.
 
-    It is passed at least `most` times in a moment of serving.
+    It is passed at least `most` times in a moment of serving. `leaves_disk` says that the disk has what is restored.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Step:
     most: int = 1
     phase: Phase = Phase.SERVING
     compiled: bool = False
+    leaves_disk: bool = False
 
 
 _POOL, _ARENA = "zramd.zsmalloc.pool:Pool", "zramd.zsmalloc.arena:Arena"
@@ -379,6 +381,31 @@ RESETTING = (
         phase=Phase.RESETTING,
     ),
 )
+RESTORING = (
+    Step(
+        "page-placed",
+        "some pages of a disk that does not count",
+        f"{_PAGES}.place",
+        "self._table.words[index] = entry | handle",
+        most=50,
+        phase=Phase.RESTORING,
+    ),
+    Step(
+        "filled",
+        "all pages of a disk that does not count",
+        f"{_PAGES}.note_filled",
+        "self._words[Superblock.HUGE_PAGES_SINCE] =",
+        phase=Phase.RESTORING,
+    ),
+    Step(
+        "restored",
+        "the disk that was saved",
+        f"{_OPENING}.finish",
+        "words[Superblock.MAGIC] =",
+        phase=Phase.RESTORING,
+        leaves_disk=True,
+    ),
+)
 STEPS = (
     *WRITING,
     *TRIMMING,
@@ -390,4 +417,5 @@ STEPS = (
     *MAKING,
     *ENLARGING,
     *RESETTING,
+    *RESTORING,
 )

@@ -14,7 +14,7 @@ from tests.crash.steps import STEPS, Phase, Step
 from zramd import native
 from zramd.native import Engine, choose
 
-RANDOM_KILLS = 60
+RANDOM_KILLS = 45
 KILLS_AS_BY_A_USER = 10
 KILLS_AT_A_STEP = 3
 NATIVE = Path(native.__file__).parent
@@ -47,11 +47,11 @@ def test_a_kill_at_a_step_loses_nothing(step: Step, directory: Path, with_steps:
             assert disk.verify() is (step.phase is Phase.GROWING)
     else:
         disk = KilledDisk(directory, 0)
-        for _ in range(KILLS_AT_A_STEP):
-            if step.phase is Phase.OPENING:
-                disk.live_until(with_steps, generator.uniform(0, 0.05), requests=100)
+        for _ in range(1 if step.phase is Phase.RESTORING else KILLS_AT_A_STEP):
+            if step.phase in (Phase.OPENING, Phase.RESTORING):
+                disk.live_until(with_steps, generator.uniform(0, 0.05), requests=200)
             disk.live_to(with_steps, step, generator.randint(1, step.most))
-            assert disk.verify() or step.phase is Phase.RESETTING
+            assert disk.verify() or step.phase in (Phase.RESETTING, Phase.RESTORING)
     disk.verify_that_nothing_leaks()
 
 
@@ -59,7 +59,7 @@ def test_a_kill_at_a_step_loses_nothing(step: Step, directory: Path, with_steps:
 def test_kills_at_random_moments_lose_nothing(kills: int, directory: Path) -> None:
     starter = ForkedServers(choose()) if kills == RANDOM_KILLS else ExecutedServers()
     generator = random.Random(kills)
-    disk = KilledDisk(directory, kills)
+    disk = KilledDisk(directory, kills, busy=kills == RANDOM_KILLS)
     for number in range(kills):
         # Every third answers requests first, however slow the machine is.
         requests = 300 * (number % 3 == 0)
