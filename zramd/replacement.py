@@ -16,9 +16,9 @@ _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 def replaced(path: Path) -> Iterator[int]:
     """Give a descriptor to write a new file to, which takes the name `path` when the context ends without an exception.
 
-    Until then the file has no name, so that nothing is left of it however the process ends; on a file system without
-    that it has one, and a process that is killed leaves it. It is on its medium before it takes the name, and the name
-    before the context is left. Only its owner can read it.
+    Until then the file has no name, so that nothing is left of it however the process ends, unless it is killed in the
+    instant between a name beside `path` and that one. On a file system without such files it always has the former. It
+    is on its medium before it takes the name, and the name before the context is left. Only its owner can read it.
 
     Raises:
         OSError: it cannot be written; or `path` is something else than a file, such as a symbolic link.

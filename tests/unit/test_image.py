@@ -294,6 +294,18 @@ def test_the_disk_may_be_larger_than_the_saved_one_but_not_smaller(disk: Disk, i
     assert larger.disksize == 2 * size
 
 
+def test_a_larger_disk_is_found_by_a_server_that_is_started_as_before(tmp_path: Path, image: bytes, disk: Disk) -> None:
+    kept = Disk("zram0", tmp_path / "state")
+    kept.open(Wanted(1 << 20))
+    kept.reset()
+    restore(kept, image)
+    assert kept.leave()
+    kept.require_opened().close()
+    opened = OpenDevice(RegionStore(tmp_path / "state"), Wanted(1 << 20))
+    assert (opened.recovered, opened.device.disksize) == (True, disk.disksize)
+    opened.close()
+
+
 def test_a_disk_that_is_to_have_another_chain_size_refuses(image: bytes) -> None:
     with pytest.raises(ValueError, match="chain size 8"):
         restore(Disk("zram1", None, 4), image)

@@ -190,6 +190,8 @@ class Disk(Life):
             if self._chain_size not in (None, header.chain_size):
                 raise ValueError(f"it was saved with chain size {header.chain_size}: serve the disk with that")
             identity = identity_for(header, disksize or max(before, header.disksize))
+            # After a reset there is no size, and still the next server is started with the one that this one was.
+            first = before or (self._asked if self._asked <= identity.disksize else 0)
             mem_limit, backing, writeback = self.mm_stat().mem_limit, self.backing_path, self.writeback
             with self._shut("restored", force=False):
                 # Somebody may have written to it before the door was shut.
@@ -203,7 +205,7 @@ class Disk(Life):
                     opened.device.set_mem_limit(mem_limit)
                     with opened.device:
                         opened.device.writeback = writeback
-                    opened.finish(before)
+                    opened.finish(first)
                 except BaseException:
                     opened.destroy()
                     raise

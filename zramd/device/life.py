@@ -64,6 +64,7 @@ class Life:
         self._clients: list[HangUp] = []
         self._shut_for = ""
         self._writeback = WritebackSettings()
+        self._asked = 0
         self._forget_settings()
 
     def _forget_settings(self) -> None:
@@ -78,6 +79,7 @@ class Life:
         Raises:
             StateError, NoMemoryError, RegionError, OSError: as OpenDevice.
         """
+        self._asked = wanted.disksize or 0
         self.opened = self._open_device(wanted)
         return self.opened
 
