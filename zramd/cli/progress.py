@@ -1,8 +1,11 @@
 """Long work in a server as its client sees it: progress on a terminal, and Ctrl-C cancels it there."""
 
 import json
+import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,7 @@ LOOK_SECONDS = 0.2
 
 
 class _Asking(threading.Thread):
-    """Asks for work, and waits for as long as it takes; `ended` is then set.
-
-    join() would not do: when Ctrl-C cuts it short, Python takes the thread to have ended.
-    """
+    """Asks for work, and waits for as long as it takes; `ended` is then set."""
 
     def __init__(self, path: Path, request: str, descriptor: int | None) -> None:
         super().__init__(name="asking", daemon=True)
@@ -50,26 +50,37 @@ def do_work(path: Path, request: str, kind: str, descriptor: int | None = None) 
         click.ClickException: it refuses.
     """
     asking = _Asking(path, request, descriptor)
-    interrupted = False
     shown = sys.stderr.isatty()
-    asking.start()
-    while not asking.ended.is_set():
-        try:
-            if not asking.ended.wait(LOOK_SECONDS) and shown:
-                show(_line(path, kind, cancelled=interrupted))
-        except KeyboardInterrupt:
-            if interrupted:
-                raise click.Abort from None
-            interrupted = True
-            _cancel(path, kind)
+    cancelled = False
+    with _interrupts() as interrupts:
+        asking.start()
+        while not asking.ended.wait(LOOK_SECONDS):
+            if len(interrupts) > 1:
+                raise click.Abort
+            if interrupts and not cancelled:
+                cancelled = True
+                _cancel(path, kind)
+            if shown:
+                show(_line(path, kind, cancelled=cancelled))
     if shown:
         show("")
     if asking.error:
         raise click.ClickException(str(asking.error)) from asking.error
-    if interrupted:
+    if interrupts:
         click.echo(asking.answer, nl=False)
         raise SystemExit(INTERRUPTED)
     return asking.answer
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Yield a list that gets longer with each Ctrl-C. An exception could come where nobody is ready for it."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cancel(path: Path, kind: str) -> None:
