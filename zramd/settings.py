@@ -13,6 +13,25 @@ DESCRIPTION = "zramd compressed memory"
 """What clients read about an export that has no description of its own."""
 
 
+DEFAULT_SWAP_PRIORITY = 100
+DEFAULT_FILE_SYSTEM = "ext2"
+DEFAULT_OPTIONS = "discard"
+"""As zram-generator has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What the block device of a disk is for: a file system at `mount_point`, or else swap. `options` are of either."""
+
+    mount_point: Path | None = None
+    fs_type: str = DEFAULT_FILE_SYSTEM
+    options: str = DEFAULT_OPTIONS
+    swap_priority: int = DEFAULT_SWAP_PRIORITY
+
+
+DEFAULT_USE = Use()
+
+
 @dataclass(frozen=True, slots=True)
 class DiskSettings:
     """A disk, which is an export of the same name.
@@ -33,6 +52,7 @@ class DiskSettings:
     read_only: bool = False
     writeback_limit: int | None = None
     policy: Rules = DEFAULT_RULES
+    use: Use = DEFAULT_USE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +69,7 @@ class UnixAddress:
 class Settings:
     """A daemon: its disks, the first of which is the default export, and where NBD clients find it.
 
+    The disks in `left_out` are not for a machine with as much memory as this one.
     With `swap` it may be swapped to: its memory is locked, and a supervisor starts it anew if it dies.
     `web` is where browsers find it, and `metrics` where Prometheus does: loopback addresses. `public` lets NBD have
     addresses that other machines reach without requiring TLS. With `stdio`, the one client is on standard input.
@@ -65,3 +86,4 @@ class Settings:
     tls: TlsSettings = field(default_factory=TlsSettings)
     access: Access = DEFAULT_ACCESS
     limits: Limits = DEFAULT_LIMITS
+    left_out: tuple[str, ...] = ()

@@ -10,6 +10,14 @@ MAX_SIZE = (1 << 63) - 1
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 
+def unit(name: str) -> int | None:
+    """Return the bytes in a unit: B, K or KiB (1024), M or MiB and so on, in any case. None: there is no such unit."""
+    if name.upper() == "B":
+        return 1
+    exponent = _EXPONENTS.get(name.upper().removesuffix("IB"))
+    return 1 << exponent if exponent else None
+
+
 def parse_size(text: str) -> int:
     """Return the bytes that `text` means: a number with an optional suffix K, M, G, T (of 1024), KiB, MiB and so on.
 

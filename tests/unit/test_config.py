@@ -65,8 +65,8 @@ volatile = true
 
 @pytest.fixture(autouse=True)
 def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zramd.config.make_runtime_directory", lambda: tmp_path / "run")
-    monkeypatch.setattr("zramd.config.state_directory", lambda name: tmp_path / "kept" / name)
+    monkeypatch.setattr("zramd.config.keys.make_runtime_directory", lambda: tmp_path / "run")
+    monkeypatch.setattr("zramd.config.keys.state_directory", lambda name: tmp_path / "kept" / name)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_limit_is_taken_up_to_its_bounds_and_not_beyond(path: Path, key: str) 
         ("# nothing\n[zram0]\n[sever]\n", ":3: [sever]:", ["server?"]),
         ("[zram0]\n[zram]\n", ":2: [zram]:", ["zram0?"]),
         ("[zram0]\n[zramX]\n", ":2: [zramX]:", ["no such table"]),
-        ("[zram0]\n['zram٣']\n", ":1: [zram٣]:", ["no such table"]),
+        ("[zram0]\n['zram٣']\n", ":2: [zram٣]:", ["no such table"]),
         ("[zram0]\n[xyz]\n", ":2: [xyz]:", ["server", "tls", "access", "limits", "zram0"]),
         ("size = 1\n[zram0]\n", ":1: size:", ["table", "[server]", "[zram0]"]),
         ("\nzram0 = 5\n", ":2: zram0:", ["table"]),

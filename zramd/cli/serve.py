@@ -1,6 +1,7 @@
 """`zramd serve`: the daemon, in the foreground."""
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +11,11 @@ import click
 from zramd.cli import forget_output
 from zramd.cli.options import Parsed, describe, later
 from zramd.paths import ADMIN_SUFFIX, DEVICE_NAME, STATUS_SUFFIX, make_runtime_directory, state_directory
-from zramd.sizes import parse_size
 from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
 if TYPE_CHECKING:
     from zramd.device.choice import Choice
 
-SIZE = Parsed("size", parse_size)
 GROUP = Parsed("group", later("zramd.config", "find_group"))
 SOCKET = click.Path(path_type=Path, dir_okay=False)
 
@@ -28,7 +27,14 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     help="File with all of this, and more: several disks, access, limits. Excludes the other options but --stdio.",
 )
 @click.option(
-    "--size", type=SIZE, help="Size of the disk: bytes, or with K, M, G, T. 0: set later as disksize. Default: 1G."
+    "--disk",
+    help="Name of a disk: serve what /etc/zramd/NAME.toml says, or the table [NAME] of /etc/zramd/zramd.toml.",
+)
+@click.option(
+    "--size",
+    type=Parsed("size", later("zramd.expressions", "evaluate_up")),
+    help="Size of the disk: bytes, or with K, M, G, T; or of the machine's memory, as in 50% or 'min(ram / 2, 4G)'. "
+    "0: set later as disksize. Default: 1G.",
 )
 @click.option(
     "--algorithm",
@@ -64,7 +70,11 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
 @click.option("--admin", type=SOCKET, help="Socket for changes. Default: as --status, but ending in .admin.")
 @click.option("--state", type=click.Path(path_type=Path), help="Directory that keeps the contents over a restart.")
 @click.option("--volatile", is_flag=True, help="Keep nothing: the contents go when the server ends.")
-@click.option("--mem-limit", type=SIZE, help="Most memory for compressed data; 0 for no limit. Default: 0.")
+@click.option(
+    "--mem-limit",
+    type=Parsed("size", later("zramd.expressions", "evaluate")),
+    help="Most memory for compressed data, as --size is written; 0 for no limit. Default: 0.",
+)
 @click.option(
     "--chain-size",
     type=click.IntRange(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE),
@@ -83,6 +93,7 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
 def serve(
     context: click.Context,
     config: Path | None,
+    disk: str | None,
     size: int | None,
     algorithm: "Choice | None",
     unix: Path | None,
@@ -105,7 +116,10 @@ def serve(
 ) -> None:
     """Serve a compressed disk over NBD until SIGINT or SIGTERM.
 
-    Without options: 1 GiB, lz4, with its sockets and its memory in your runtime directory (/run/zramd for root,
+    Without options, root serves what /etc/zramd/zramd.toml says, if it is there (or in /run/zramd,
+    /usr/local/lib/zramd, /usr/lib/zramd). With any option but --check, a file is read only for --config or --disk.
+
+    Without a file: 1 GiB, lz4, with its sockets and its memory in your runtime directory (/run/zramd for root,
     $XDG_RUNTIME_DIR/zramd for others; the memory goes to /dev/shm where that is not a tmpfs). What was written is
     there again when the server is started anew, until the machine restarts; --volatile keeps nothing. Sockets that
     systemd has opened (LISTEN_FDS) are served too, and then no other by default.
@@ -115,13 +129,14 @@ def serve(
       zramd serve --size 4G --algorithm 'zstd(level=3)' --mem-limit 1G
       zramd serve --config /etc/zramd/zramd.toml
     """
-    from zramd.config import ConfigError, load
+    from zramd.config import ConfigError, find, load, load_disk
     from zramd.daemon import DaemonError, run
     from zramd.daemon import check as daemon_check
     from zramd.device.opening import Wanted
     from zramd.log import start_log
     from zramd.native import EngineError, choose
     from zramd.nbd.tls import TlsMode, TlsSettings
+    from zramd.notify import notify
     from zramd.policy.rules import Rules
     from zramd.settings import DiskSettings, Settings, UnixAddress
 
@@ -134,8 +149,14 @@ def serve(
     start_log()
     try:
         choose()
-        if config is not None:
-            _require_alone(context)
+        given = _given(context)
+        if config is None and not given - {"check"} and os.geteuid() == 0:
+            config = find()
+        if disk is not None:
+            _require_alone(given, "disk")
+            settings = load_disk(disk)
+        elif config is not None:
+            _require_alone(given, "config")
             settings = load(config, stdio=stdio)
         else:
             if state is None and not volatile and not stdio:
@@ -170,6 +191,14 @@ def serve(
                 stdio=stdio,
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),
             )
+        if not settings.disks:
+            # Not a failure, or systemd would start it again and again.
+            notify("READY=1")
+            click.echo(
+                f"nothing to serve: this machine has more than the host-memory-limit of {', '.join(settings.left_out)}",
+                err=stdio,
+            )
+            return
         if check:
             daemon_check(settings)
             return
@@ -190,9 +219,12 @@ def _announce(line: str, *, err: bool) -> None:
             forget_output()
 
 
-def _require_alone(context: click.Context) -> None:
-    given = {
-        name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
-    for name in sorted(given - {"config", "stdio", "check"}):
-        raise click.UsageError(f"--{name.replace('_', '-')} and --config exclude each other: write it into the file")
+def _given(context: click.Context) -> set[str]:
+    """Return the names of the options that stand on the command line."""
+    command_line = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) is command_line}
+
+
+def _require_alone(given: set[str], by: str) -> None:
+    for name in sorted(given - {by, "check", *(["stdio"] if by == "config" else [])}):
+        raise click.UsageError(f"--{name.replace('_', '-')} and --{by} exclude each other: write it into the file")
