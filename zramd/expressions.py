@@ -73,7 +73,7 @@ def evaluate(text: str, ram: Callable[[], int] = total_memory, *, up: bool = Fal
     if exact < 0:
         raise ValueError(f"{text!r} is less than nothing: max(0, ...) does away with that")
     size = -(-exact // 1) if up else exact // 1
-    if exact and not size:
+    if 0 < exact < 1:
         raise ValueError(f"{text!r} is less than a byte")
     if size > MAX_SIZE:
         raise ValueError(f"{text!r} is too large: at most {MAX_SIZE} bytes")
