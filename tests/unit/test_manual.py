@@ -14,8 +14,9 @@ from zramd.cli.completion import SHELLS, script
 from zramd.cli.manual import COMPLETIONS, pages, write
 
 HEAVY = (
-    *("asyncio", "base64", "cryptography", "dataclasses", "email", "http", "logging", "lz4", "socketserver", "ssl"),
-    *("subprocess", "tomllib", "xxhash", "zstandard", "zramd.daemon", "zramd.device", "zramd.native", "zramd.zsmalloc"),
+    *("asyncio", "base64", "cryptography", "dataclasses", "email", "http", "logging", "lz4", "rich", "socketserver"),
+    *("ssl", "subprocess", "tomllib", "xxhash", "zstandard", "zramd.daemon", "zramd.device", "zramd.native"),
+    "zramd.zsmalloc",
 )
 """Of what is imported, what takes the most time; a client verb has no use for it."""
 CLIENT_VERBS = ("status", "stat", "set", "compact", "idle", "grow", "reset", "stop", "policy", "recompress", "doctor")
@@ -98,7 +99,7 @@ print(*sorted(name for name in set(sys.modules) - before if name.startswith({HEA
 def test_man_pages_can_be_made_where_only_click_is_installed(tmp_path: Path) -> None:
     code = f"""
 import sys
-for name in ("cryptography", "lz4", "lz4.block", "xxhash", "zstandard"):
+for name in ("cryptography", "lz4", "lz4.block", "rich", "xxhash", "zstandard"):
     sys.modules[name] = None
 from pathlib import Path
 from zramd.cli.manual import write
