@@ -12,6 +12,8 @@ STATUS_SUFFIX = ".status"
 ADMIN_SUFFIX = ".admin"
 SYSTEM = Path("/run/zramd")
 """Of servers that root started, and, in directories of their own, those that systemd did."""
+CONFIGURATIONS = ("run/zramd", "etc/zramd", "usr/local/lib/zramd", "usr/lib/zramd")
+"""Directories below the root of the machine, an earlier one before a later one."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (used only through private_directory)
 
 

@@ -176,6 +176,14 @@ def test_what_is_well_in_another_way_is_no_finding(file: str, text: str, name: s
     assert found[name].verdict is Verdict.OK
 
 
+def test_drop_ins_and_sizes_by_memory_are_looked_at_too(tmp_path: Path) -> None:
+    drop_in = "usr/lib/zramd/zramd.toml.d/10-size.toml"
+    root = make(tmp_path, {CONFIG: None, drop_in: '[zram7]\nsize = "ram / 4"\nvolatile = true\n'})
+    found = findings(MadeUp(root))
+    assert found["config"].text.endswith("etc/zramd/zramd.toml has zram7")
+    assert found["memory zram7"].text.startswith("105M takes 52.5M at 2:1")
+
+
 def test_a_missing_tool_is_named_with_its_package(tmp_path: Path) -> None:
     root = make(tmp_path)
     (root / "usr/sbin/mkswap").unlink()

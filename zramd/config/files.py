@@ -8,8 +8,8 @@ counts, and if it is a symbolic link to /dev/null, neither.
 import os
 from pathlib import Path
 
-DIRECTORIES = ("run/zramd", "etc/zramd", "usr/local/lib/zramd", "usr/lib/zramd")
-"""Below the root of the machine."""
+from zramd.paths import CONFIGURATIONS as DIRECTORIES
+
 DEFAULT_NAME = "zramd.toml"
 SUFFIX = ".toml"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from zramd.doctor.finding import Finding, ok, problem
 from zramd.doctor.kernel import has_nbd
 from zramd.doctor.machine import Answer, Machine, Planned
+from zramd.paths import CONFIGURATIONS
 from zramd.status.client import NOBODY_LISTENS
 
-CONFIGURATION = "etc/zramd"
 UNITS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
 """Where systemd looks, the first first."""
 STARTING = ("zramd@.service", "zramd-attach@.service", "zramd-swap@.service")
@@ -33,20 +33,28 @@ def configuration(machine: Machine) -> tuple[list[Finding], list[Planned]]:
     """Return what is found in the files, and the disks that they have."""
     findings: list[Finding] = []
     disks: list[Planned] = []
-    for path in sorted((machine.root / CONFIGURATION).glob("*.toml")):
-        from zramd.config import ConfigError, load  # only where there is one: it imports most of the server
+    places = [machine.root / directory for directory in CONFIGURATIONS]
+    files = {path.name for place in places for path in place.glob("*.toml")}
+    drop_ins = {path.parent.name.removesuffix(".d") for place in places for path in place.glob("*.toml.d/*.toml")}
+    for name in sorted(files | drop_ins):
+        # Only where there is one: it imports most of the server.
+        from zramd.config import ConfigError, find, load
 
+        if (path := find(name, machine.root)) is None:
+            continue  # its drop-ins are masked
         try:
-            settings = load(path)
+            settings = load(path, root=machine.root)
         except (ConfigError, OSError) as error:
             findings.append(problem("config", str(error), f"zramd serve --check --config {path} tries it again"))
             continue
-        findings.append(ok("config", f"{path} has {', '.join(disk.name for disk in settings.disks)}"))
+        left_out = f", without {', '.join(settings.left_out)} on a machine of this size" if settings.left_out else ""
+        disks_of_it = ", ".join(disk.name for disk in settings.disks) or "no disk"
+        findings.append(ok("config", f"{path} has {disks_of_it}{left_out}"))
         for disk in settings.disks:
             size = disk.wanted.disksize
             if size is not None:
                 disks.append(Planned(disk.name, size, disk.mem_limit or 0, 0, disk.state, settings.swap))
-    return findings or [ok("config", f"no file in /{CONFIGURATION}: the defaults hold")], disks
+    return findings or [ok("config", "there is none: the defaults hold")], disks
 
 
 def _names(machine: Machine) -> Finding:
