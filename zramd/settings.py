@@ -8,28 +8,10 @@ from zramd.nbd.access import DEFAULT_ACCESS, Access
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsSettings
 from zramd.policy.rules import DEFAULT_RULES, Rules
+from zramd.use import DEFAULT_USE, Use
 
 DESCRIPTION = "zramd compressed memory"
 """What clients read about an export that has no description of its own."""
-
-
-DEFAULT_SWAP_PRIORITY = 100
-DEFAULT_FILE_SYSTEM = "ext2"
-DEFAULT_OPTIONS = "discard"
-"""As zram-generator has them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What the block device of a disk is for: a file system at `mount_point`, or else swap. `options` are of either."""
-
-    mount_point: Path | None = None
-    fs_type: str = DEFAULT_FILE_SYSTEM
-    options: str = DEFAULT_OPTIONS
-    swap_priority: int = DEFAULT_SWAP_PRIORITY
-
-
-DEFAULT_USE = Use()
 
 
 @dataclass(frozen=True, slots=True)

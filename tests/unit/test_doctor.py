@@ -140,7 +140,7 @@ def test_a_machine_that_is_well_has_nothing_to_do(tmp_path: Path) -> None:
             Verdict.ADVICE,
             "swapoff /dev/zram0",
         ),
-        ({CONFIG: '[zram0]\nsiez = "1G"\n'}, "config", Verdict.PROBLEM, "--check"),
+        ({CONFIG: '[zram0]\nsiez = "1G"\n'}, "config", Verdict.PROBLEM, "config check"),
         ({"usr/bin/zramd": "\x7fELF"}, "name", Verdict.PROBLEM, "remove that package"),
         ({GO_UNIT: "[Service]\nExecStart=/usr/bin/zramd start\n"}, "name", Verdict.PROBLEM, "disable --now"),
         ({UNIT: "[Service]\nExecStart=/usr/bin/true\n"}, "units", Verdict.PROBLEM, "remove it"),

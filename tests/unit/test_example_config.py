@@ -48,9 +48,3 @@ def test_the_example_names_every_key_and_each_line_of_it_is_right(
         for key in re.findall(r"(?m)^#([a-z-]+) = ", body)
     }
     assert {pair for pair in taken if "zram1" not in pair[0]} == {pair for pair in named if "zram1" not in pair[0]}
-
-
-def test_the_example_for_swap_is_served_for_swap() -> None:
-    settings = config.load(EXAMPLE.with_name("swap.toml"))
-    assert settings.swap
-    assert [(disk.name, disk.wanted.disksize) for disk in settings.disks] == [("zram0", 4 << 30)]

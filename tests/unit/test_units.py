@@ -31,7 +31,7 @@ def analyze(*arguments: str | Path) -> str:
 
 
 def test_systemd_has_nothing_to_say_against_any_unit(units: Path) -> None:
-    found = sorted(path for path in units.iterdir() if path.suffix in (".service", ".socket", ".mount", ".timer"))
+    found = sorted(path for path in units.iterdir() if path.suffix in (".service", ".socket", ".timer"))
     assert len(found) == 10
     assert analyze("verify", "--man=no", *found) == ""
 

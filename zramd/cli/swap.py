@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from zramd.attach.attachment import AttachError, find_tool, last_line, require_root, require_unused, run_tool
+from zramd.attach.filesystem import contents
 from zramd.attach.kernel import attached_nbd_devices
 from zramd.attach.loop import attached_loop_devices
 from zramd.attach.swaps import read_swaps
 from zramd.cli.attach import DEVICE, attached_device
+from zramd.cli.use import find_use, use_options
 from zramd.sizes import format_size
 
 PROGRESS_SECONDS = 0.2
@@ -21,17 +23,20 @@ MAX_PRIORITY = 32767
 @click.argument("device", type=DEVICE, required=False)
 @click.option(
     "--priority",
-    type=click.IntRange(0, MAX_PRIORITY),
-    default=100,
-    show_default=True,
-    help="Of two swap areas, the one with the higher priority is used first.",
+    type=click.IntRange(-1, MAX_PRIORITY),
+    help="Of two swap areas, the one with the higher priority is used first. Default: swap-priority of the "
+    "configuration, or 100.",
 )
 @click.option("--no-discard", is_flag=True, help="Do not tell the server which pages have been freed.")
 @click.option("--force", is_flag=True, help="Even if there is something on DEVICE; it is lost.")
-def swapon(device: Path | None, priority: int, no_discard: bool, force: bool) -> None:
+@use_options
+def swapon(
+    device: Path | None, priority: int | None, no_discard: bool, force: bool, disk: str | None, config: Path | None
+) -> None:
     """Make a swap area of DEVICE, by default the one that is attached, and swap to it.
 
-    Refused if there is a file system on it, or a partition table. The server should run with --swap.
+    Refused if there is a file system on it, or a partition table. The server should run with --swap. The configuration
+    may have swap-priority and options for the disk.
 
     \b
     Example:
@@ -40,12 +45,18 @@ def swapon(device: Path | None, priority: int, no_discard: bool, force: bool) ->
     try:
         require_root()
         chosen = device or attached_device()
+        found = find_use(chosen, disk, config)
+        if found.use.mount_point is not None:
+            raise AttachError(f"{found.where} has a mount-point: zramd mount, or remove that to swap to the disk")
         require_unused(chosen)
-        found = run_tool([find_tool("wipefs", "util-linux"), "--no-act", "--noheadings", "--output", "TYPE", chosen])
-        if (kinds := set(found.split()) - {"swap"}) and not force:
+        if (kinds := contents(chosen) - {"swap"}) and not force:
             raise AttachError(f"there is something on {chosen} ({', '.join(sorted(kinds))}): --force makes swap of it")
         run_tool([find_tool("mkswap", "util-linux"), *(["--force"] if force else []), chosen])
-        options = [f"--priority={priority}", *([] if no_discard else ["--discard"])]
+        words = [word for word in found.use.options.split(",") if word]
+        if no_discard:
+            words = [word for word in words if word.partition("=")[0] != "discard"]
+        options = [f"--priority={found.use.swap_priority if priority is None else priority}"]
+        options += [f"--options={','.join(words)}"] if words else []
         run_tool([find_tool("swapon", "mount"), *options, chosen])
     except AttachError as error:
         raise click.ClickException(str(error)) from error

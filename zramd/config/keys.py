@@ -20,17 +20,9 @@ from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsMode, TlsSettings
 from zramd.paths import ADMIN_SUFFIX, STATUS_SUFFIX, make_runtime_directory, state_directory
 from zramd.policy.rules import Mode, Rules, Watermark, parse_watermark
-from zramd.settings import (
-    DEFAULT_FILE_SYSTEM,
-    DEFAULT_OPTIONS,
-    DEFAULT_SWAP_PRIORITY,
-    DESCRIPTION,
-    DiskSettings,
-    Settings,
-    UnixAddress,
-    Use,
-)
+from zramd.settings import DESCRIPTION, DiskSettings, Settings, UnixAddress
 from zramd.sizes import MAX_SIZE
+from zramd.use import DEFAULT_FILE_SYSTEM, DEFAULT_OPTIONS, DEFAULT_SWAP_PRIORITY, Use
 from zramd.zsmalloc.classes import MAX_CHAIN_SIZE, MIN_CHAIN_SIZE
 
 MIN_MEMORY = 512 << 10
@@ -199,8 +191,7 @@ def _disk(table: Table, ram: Callable[[], int]) -> DiskSettings | str:
     disk = DiskSettings(
         name=table.name,
         wanted=Wanted(
-            # The device rounds up to pages.
-            disksize=table.take("size", values.Expression(ram, up=True)),
+            disksize=table.take("size", values.Expression(ram, pages=True)),
             codec=choice.primary if choice else None,
             backing=table.take("writeback-device", values.path),
             chain_size=table.take("chain-size", values.number(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zramd.expressions import evaluate
+from zramd.memory import round_up_to_page
 from zramd.nbd.identity import MAX_DESCRIPTION
 from zramd.nbd.tls import TlsMode
 from zramd.sizes import parse_size
@@ -155,21 +156,22 @@ def size(low: int, high: int) -> Callable[[Any], int]:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """What takes a size that may be an expression of the machine's memory, which `ram` returns; `up` is as there."""
+    """What takes a size, or an expression of the memory that `ram` returns, in bytes or in whole `pages`."""
 
     ram: Callable[[], int]
-    up: bool = False
+    pages: bool = False
 
     def __call__(self, value: Any) -> int:
         """Return the bytes."""
-        return evaluate(string(value), self.ram, up=self.up)
+        return parse_size(string(self.plain(value)))
 
     def plain(self, value: Any) -> int | str:
-        """Return the value as it is if that tells its bytes, and the bytes otherwise."""
+        """Return a value that is no expression as it is, and what an expression comes to in bytes, or whole pages."""
         try:
             parse_size(string(value))
         except ValueError:
-            return self(value)
+            size = evaluate(string(value), self.ram, up=self.pages)
+            return round_up_to_page(size) if self.pages else size
         assert isinstance(value, int | str)  # noqa: S101 (so says `string`)
         return value
 

@@ -45,7 +45,7 @@ def configuration(machine: Machine) -> tuple[list[Finding], list[Planned]]:
         try:
             settings = load(path, root=machine.root)
         except (ConfigError, OSError) as error:
-            findings.append(problem("config", str(error), f"zramd serve --check --config {path} tries it again"))
+            findings.append(problem("config", str(error), f"zramd config check {path} tries it again"))
             continue
         left_out = f", without {', '.join(settings.left_out)} on a machine of this size" if settings.left_out else ""
         disks_of_it = ", ".join(disk.name for disk in settings.disks) or "no disk"
