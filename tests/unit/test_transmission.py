@@ -728,3 +728,29 @@ def test_what_one_connection_was_answered_another_one_reads(export: Export) -> N
             assert receive(writer.client, REPLY_BYTES) == reply(number)
             reader.client.sendall(request(READ, number, number % 7 * 4096, 4096))
             assert receive(reader.client, REPLY_BYTES + 4096) == reply(number, page)
+
+
+def test_what_was_compressed_before_the_algorithm_changed_is_compressed_anew(
+    opened: OpenDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = Transmission._parse
+
+    def parse_and_change(self: Transmission) -> object:
+        parsed = parse(self)
+        # No page has a codec yet: the second change gives the number of the first codec to another.
+        for level in (1, 3):
+            opened.set_algorithm(0, codec("zstd", level))
+        return parsed
+
+    monkeypatch.setattr(Transmission, "_parse", parse_and_change)
+    pages = [TEXT[start : start + PAGE] for start in range(0, 8 * PAGE, PAGE)]
+    # The first is for the loop that sees all requests, of both engines.
+    sent = write_request(0, 100 * PAGE + 1, b"part")
+    sent += b"".join(write_request(number, number * PAGE, page) for number, page in enumerate(pages, 1))
+    with Peer(lambda sock: Transmission(sock, opened.device, None).run()) as peer:
+        peer.client.sendall(sent)
+        for number in range(len(pages) + 1):
+            assert receive(peer.client, REPLY_BYTES) == reply(number)
+        for number, page in enumerate(pages, 1):
+            peer.client.sendall(request(READ, number, number * PAGE, PAGE))
+            assert receive(peer.client, REPLY_BYTES + PAGE) == reply(number, page)

@@ -89,8 +89,8 @@ class Device(Pages):
     ) -> None:
         """Write `length` bytes, at `start` in the stream's buffer, to `offset`. The caller holds the lock.
 
-        `prepared` is what the stream made of the whole pages in them; pages covered in part are read, modified and
-        compressed here.
+        `prepared` is what the stream has just made of the whole pages in them, or made since it last chose its codec;
+        pages covered in part are read, modified and compressed here.
 
         Raises:
             NoSpaceError: no room for a page: it keeps its old contents, those before it are written, the rest is not.

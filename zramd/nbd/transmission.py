@@ -9,7 +9,7 @@ pieces.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from zramd.device.fetching import Fetched, NotInMemoryError, PageError
 from zramd.device.native import NativeDevice
@@ -210,6 +210,8 @@ class Transmission:
             counters.words[REQUESTS_IN_FLIGHT] = count - position
             with device:
                 self._inbox.require_client()
+                if stream.generation != device.generation:
+                    batch[position:] = self._prepare_anew(batch[position:])
                 work = 0
                 while position < count and work < most:
                     command, flags, cookie, offset, length, begin, prepared = batch[position]
@@ -248,6 +250,17 @@ class Transmission:
             self._send()
             self._fetch(missing)
         self._send()
+
+    def _prepare_anew(self, batch: list[Request]) -> Iterator[Request]:
+        """Compress once more what is to be written, with the codec that the device has now. The caller holds the lock.
+
+        All of it: what is prepared does not tell with which codec that was, only the stream does.
+        """
+        stream, device = self._stream, self._device
+        stream.choose(device.identity.algorithms, device.generation)
+        for command, flags, cookie, offset, length, begin, prepared in batch:
+            anew = stream.prepare(begin, length, offset) if command == _WRITE else prepared
+            yield command, flags, cookie, offset, length, begin, anew
 
     def _fetch(self, missing: list[int]) -> None:
         """Read what the next request needs from the backing store, or forget what the last one needed."""
