@@ -46,6 +46,7 @@ NO_ENGINE = {
     "test_http",
     "test_identity",
     "test_keeper",
+    "test_kernel_zram",
     "test_log",
     "test_manual",
     "test_memory",
