@@ -2,6 +2,9 @@
 
 import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from tests.unit.test_config import WHOLE
 from zramd.cli import main
 from zramd.config import ConfigError, Configuration, find, load, load_disk
 from zramd.config.show import toml
+from zramd.settings import Settings
 from zramd.use import Use
 
 MAIN = "etc/zramd/zramd.toml"
@@ -222,3 +226,40 @@ def test_without_a_file_there_is_nothing_to_check(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["config", "check", "--root", str(make(tmp_path, {}))])
     assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
     assert f"there is no {tmp_path}/etc/zramd/zramd.toml" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "user", "served"),
+    [
+        (["--check"], 0, 3 << 20),
+        (["--check", "--size", "1M"], 0, 1 << 20),
+        (["--check"], 1000, None),
+    ],
+)
+def test_the_default_file_is_for_root_without_options(
+    options: list[str], user: int, served: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+    path = make(tmp_path, {MAIN: "[zram0]\nsize = '3M'\n"}) / MAIN
+    monkeypatch.setattr("zramd.config.find", lambda: path)
+    monkeypatch.setattr("zramd.daemon.check", given.append)
+    monkeypatch.setattr("zramd.log.start_log", lambda: None)
+    monkeypatch.setattr("zramd.cli.serve.state_directory", lambda name: tmp_path / name)
+    monkeypatch.setattr("zramd.cli.serve.make_runtime_directory", lambda: tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    result = CliRunner().invoke(main, ["serve", *options])
+    assert (result.exit_code, result.output) == (0, f"config:  {path}\n" if served == 3 << 20 else "")
+    assert [disk.wanted.disksize for settings in given for disk in settings.disks] == [served]
+
+
+def test_a_machine_with_too_much_memory_for_any_disk_is_served_none_and_that_is_no_failure(tmp_path: Path) -> None:
+    path = make(tmp_path, {"a.toml": "[zram0]\nhost-memory-limit = '1M'\n"}) / "a.toml"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = [sys.executable, "-m", "zramd", "serve", "--config", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "nothing to serve" in done.stdout
+        assert systemd.recv(100) == b"READY=1"

@@ -152,6 +152,8 @@ def serve(
         given = _given(context)
         if config is None and not given - {"check"} and os.geteuid() == 0:
             config = find()
+            if config is not None:
+                _announce(f"config:  {config}", err=False)
         if disk is not None:
             _require_alone(given, "disk")
             settings = load_disk(disk)
