@@ -80,9 +80,22 @@ def evaluate(text: str, ram: Callable[[], int] = total_memory, *, up: bool = Fal
     return size
 
 
-def evaluate_up(text: str) -> int:
-    """Return the bytes that `text` means on this machine, with a part of a byte made a whole one, as for a disksize."""
-    return evaluate(text, up=True)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What an expression comes to in bytes, and whether that is more on a machine with more memory."""
+
+    bytes: int
+    varies: bool = False
+
+
+def parse(text: str, ram: Callable[[], int] = total_memory, *, up: bool = False) -> Size:
+    """Return what `text` comes to; the rest is as in `evaluate`."""
+    return Size(evaluate(text, ram, up=up), "ram" in text or "%" in text)
+
+
+def parse_disksize(text: str) -> Size:
+    """Return the disksize that `text` means on this machine, before the device rounds it up to pages."""
+    return parse(text, up=True)
 
 
 class _Parser:

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from tests.unit.test_config import WHOLE
 from zramd.cli import main
 from zramd.config import ConfigError, Configuration, find, load, load_disk
 from zramd.config.show import toml
+from zramd.device.codecs import codec
+from zramd.device.opening import OpenDevice
+from zramd.device.superblock import StateError
+from zramd.memory import RegionStore
 from zramd.settings import Settings
 from zramd.use import Use
 
@@ -197,7 +202,7 @@ def test_what_is_shown_loads_as_what_it_was_of(tmp_path: Path) -> None:
     said, meant = (re.sub(r" at 0x\w+", "", repr(each.settings)) for each in (second, first))
     assert said == meant
     page = (8 << 30) // 7 // 4096 * 4096 + 4096
-    assert f"size = {page}  # ram / 7, {root}/run/{DROP_INS}/9.toml:2" in lines
+    assert f'size = "ram / 7"  # {page}, {root}/run/{DROP_INS}/9.toml:2' in lines
     assert f"idle-after = 5  # {root}/run/{DROP_INS}/9.toml:8" in lines
     assert 'unix-mode = "0660"  # ' in "\n".join(lines)
     assert 'status = "{}"  # default'.format(tmp_path / "run/zram1.status") in lines
@@ -263,3 +268,22 @@ def test_a_machine_with_too_much_memory_for_any_disk_is_served_none_and_that_is_
         assert (done.returncode, done.stderr) == (0, "")
         assert "nothing to serve" in done.stdout
         assert systemd.recv(100) == b"READY=1"
+        # But to an upgrade of a server that has disks it is.
+        assert subprocess.run([*command, "--check"], capture_output=True).returncode == 1
+
+
+def test_a_disk_that_is_kept_stays_as_large_as_it_was_when_its_size_was_one_of_the_memory(tmp_path: Path) -> None:
+    root = make(tmp_path, {"a.toml": "[zram0]\nsize = 'ram / 1024'\n", "b.toml": "[zram0]\nsize = '9M'\n"})
+    (kept,) = load(root / "a.toml", root=root).disks
+    OpenDevice(RegionStore(tmp_path / "state"), replace(kept.wanted, codec=codec("lz4"))).close()
+    make(root, {"proc/meminfo": "MemTotal: 9437184 kB\n"})
+    for name in ("a.toml", "b.toml"):
+        (disk,) = load(root / name, root=root).disks
+        assert disk.wanted.disksize == 9 << 20
+        if name == "a.toml":
+            opened = OpenDevice(RegionStore(tmp_path / "state"), disk.wanted)
+            assert opened.device.disksize == 8 << 20
+            opened.close()
+        else:
+            with pytest.raises(StateError, match="has 8388608 bytes: ask for the same"):
+                OpenDevice(RegionStore(tmp_path / "state"), disk.wanted)

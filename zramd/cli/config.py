@@ -20,8 +20,8 @@ def config(action: str, file: Path | None, root: Path) -> None:
     """Check a configuration, or show what is in effect. FILE is by default /etc/zramd/zramd.toml.
 
     check tells the disks and what is unwise, or what is wrong with the exit status 1. show prints a file that says the
-    same with every key, and after each where it is from; expressions are worked out. Drop-ins (FILE.d/*.toml) are
-    merged in both.
+    same with every key, and after each what an expression comes to in bytes, and where it is from. Drop-ins
+    (FILE.d/*.toml) are merged in both.
 
     \b
     Example:

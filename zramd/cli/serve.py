@@ -15,6 +15,7 @@ from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE, MAX_CHAIN_SIZE, MIN_CHAIN
 
 if TYPE_CHECKING:
     from zramd.device.choice import Choice
+    from zramd.expressions import Size
 
 GROUP = Parsed("group", later("zramd.config", "find_group"))
 SOCKET = click.Path(path_type=Path, dir_okay=False)
@@ -32,7 +33,7 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--size",
-    type=Parsed("size", later("zramd.expressions", "evaluate_up")),
+    type=Parsed("size", later("zramd.expressions", "parse_disksize")),
     help="Size of the disk: bytes, or with K, M, G, T; or of the machine's memory, as in 50% or 'min(ram / 2, 4G)'. "
     "0: set later as disksize. Default: 1G.",
 )
@@ -94,7 +95,7 @@ def serve(
     context: click.Context,
     config: Path | None,
     disk: str | None,
-    size: int | None,
+    size: "Size | None",
     algorithm: "Choice | None",
     unix: Path | None,
     tcp: tuple[str, int] | None,
@@ -170,11 +171,12 @@ def serve(
                     DiskSettings(
                         name=DEVICE_NAME,
                         wanted=Wanted(
-                            size,
+                            size.bytes if size else None,
                             algorithm.primary if algorithm else None,
                             chain_size,
                             secondary=algorithm.secondary if algorithm else {},
                             integrity=integrity,
+                            keep_size=size is not None and size.varies,
                         ),
                         mem_limit=mem_limit,
                         state=state,
@@ -194,12 +196,15 @@ def serve(
                 tls=TlsSettings(TlsMode.REQUIRE, tls) if tls else TlsSettings(),
             )
         if not settings.disks:
+            nothing = (
+                f"nothing to serve: this machine has more than the host-memory-limit of {', '.join(settings.left_out)}"
+            )
+            if check:
+                # A server that has a disk is not to be replaced by one that has none.
+                raise click.ClickException(nothing)
             # Not a failure, or systemd would start it again and again.
             notify("READY=1")
-            click.echo(
-                f"nothing to serve: this machine has more than the host-memory-limit of {', '.join(settings.left_out)}",
-                err=stdio,
-            )
+            click.echo(nothing, err=stdio)
             return
         if check:
             daemon_check(settings)

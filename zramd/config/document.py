@@ -78,15 +78,12 @@ def _plain(dotted: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A key that may stand in a table: what it is in effect, None if it is not set, and where that is from.
-
-    `value` is as TOML has it, but bytes instead of an expression, and `written` is that expression.
-    """
+    """A key that may stand in a table: its value as TOML has it, what that means, None if it is not set, its file."""
 
     key: str
     value: Any
-    source: Source | None
-    written: str = ""
+    meaning: Any = None
+    source: Source | None = None
 
 
 class Table:
@@ -104,27 +101,22 @@ class Table:
     @overload
     def take(self, key: str, convert: Callable[[Any], Value], default: object) -> Value: ...
     def take(self, key: str, convert: Callable[[Any], Value], default: object = None) -> Value | None:
-        """Return a key's value, converted; if it is not there the default, which is as TOML has it, or None.
-
-        Where the value counts as something else, `convert` may have a method `plain` that returns that.
-        """
+        """Return a key's value, converted; if it is not there the default, which is as TOML has it, or None."""
         self._known.append(key)
         source, raw = self._find(key)
         if source is None:
-            self.taken.append(Taken(key, default, None))
+            self.taken.append(Taken(key, default))
             return None if default is None else convert(default)
         try:
             value = convert(raw)
         except ValueError as error:
             source.fail(self.name, key, str(error))
-        plain = getattr(convert, "plain", None)
-        shown = plain(raw) if plain else raw
-        self.taken.append(Taken(key, shown, source, "" if shown == raw else str(raw)))
+        self.taken.append(Taken(key, raw, value, source))
         return value
 
     def settle(self, key: str, value: Any) -> None:
         """Let a key that was taken, and is not set, be what it comes to."""
-        self.taken = [Taken(key, value, None) if taken.key == key else taken for taken in self.taken]
+        self.taken = [Taken(key, value) if taken.key == key else taken for taken in self.taken]
 
     def take_table(self, key: str) -> "Table":
         """Return the table of that name inside this one, an empty one if it is not there."""

@@ -15,7 +15,11 @@ SUFFIX = ".toml"
 
 
 def find(name: str = DEFAULT_NAME, root: Path = Path("/")) -> Path | None:
-    """Return where the system's file of that name is, or would be if it has only drop-ins; None if there is neither."""
+    """Return where the system's file of that name is, or would be if it has only drop-ins; None if there is neither.
+
+    Raises:
+        OSError: as below.
+    """
     places = [root / directory / name for directory in DIRECTORIES]
     for path in places:
         if os.path.lexists(path):
@@ -25,12 +29,23 @@ def find(name: str = DEFAULT_NAME, root: Path = Path("/")) -> Path | None:
 
 
 def drop_ins(path: Path, root: Path = Path("/")) -> list[Path]:
-    """Return the drop-ins of a file, in the order in which they count: later ones win."""
+    """Return the drop-ins of a file, in the order in which they count: later ones win.
+
+    Raises:
+        OSError: a directory of them cannot be read.
+    """
     directories = [root / directory for directory in DIRECTORIES]
     if path.parent not in directories:
         directories = [path.parent]
     found: dict[str, Path] = {}
     for directory in directories:
-        for drop_in in (directory / f"{path.name}.d").glob(f"*{SUFFIX}"):
-            found.setdefault(drop_in.name, drop_in)
+        for name in _list(directory / f"{path.name}.d"):
+            found.setdefault(name, directory / f"{path.name}.d" / name)
     return [found[name] for name in sorted(found) if os.path.realpath(found[name]) != os.devnull]
+
+
+def _list(directory: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(directory) if name.endswith(SUFFIX)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []

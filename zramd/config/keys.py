@@ -1,5 +1,6 @@
 """Which tables and keys there are, what they are by default, and what does not go together."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from zramd.config.files import SUFFIX, drop_ins, find
 from zramd.device.choice import parse_choice
 from zramd.device.opening import Wanted
 from zramd.device.recompression import Recompression
-from zramd.expressions import total_memory
+from zramd.expressions import Size, total_memory
 from zramd.nbd.access import Access
 from zramd.nbd.identity import UUID_LENGTH
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
@@ -56,7 +57,7 @@ class Configuration:
         """
         # A system's file may be missing where there are drop-ins.
         names = drop_ins(path, root)
-        sources = [Source.read(each) for each in ([path] if path.exists() or not names else []) + names]
+        sources = [Source.read(each) for each in ([path] if os.path.lexists(path) or not names else []) + names]
         tables = _tables(sources)
         ram = partial(total_memory, root)
         disks = [_disk(table, ram) for name, table in tables.items() if name not in TABLES]
@@ -187,19 +188,21 @@ def _disk(table: Table, ram: Callable[[], int]) -> DiskSettings | str:
     if admin is None:
         admin = status.with_suffix(ADMIN_SUFFIX)
         table.settle("admin", admin)
+    size = table.take("size", values.expression(ram, up=True))
     choice = table.take("compression-algorithm", lambda value: parse_choice(values.string(value)))
     disk = DiskSettings(
         name=table.name,
         wanted=Wanted(
-            disksize=table.take("size", values.Expression(ram, pages=True)),
+            disksize=_bytes(size),
+            keep_size=size is not None and size.varies,
             codec=choice.primary if choice else None,
             backing=table.take("writeback-device", values.path),
             chain_size=table.take("chain-size", values.number(MIN_CHAIN_SIZE, MAX_CHAIN_SIZE)),
             secondary=choice.secondary if choice else {},
             integrity=table.take("integrity", values.boolean, False),
         ),
-        mem_limit=table.take("resident-limit", values.Expression(ram)),
-        writeback_limit=table.take("writeback-limit", values.Expression(ram)),
+        mem_limit=_bytes(table.take("resident-limit", values.expression(ram))),
+        writeback_limit=_bytes(table.take("writeback-limit", values.expression(ram))),
         state=state,
         status=status,
         admin=admin,
@@ -209,7 +212,11 @@ def _disk(table: Table, ram: Callable[[], int]) -> DiskSettings | str:
         use=_use(table),
         policy=_policy(table, choice.recompression if choice else None),
     )
-    return table.name if limit is not None and ram() > limit else disk
+    return table.name if limit is not None and ram() > limit.bytes else disk
+
+
+def _bytes(size: Size | None) -> int | None:
+    return size.bytes if size else None
 
 
 def _use(table: Table) -> Use:

@@ -6,6 +6,8 @@ from typing import Any
 
 from zramd.config.document import Table, Taken
 from zramd.config.keys import Configuration
+from zramd.expressions import Size
+from zramd.memory import round_up_to_page
 from zramd.settings import DiskSettings
 from zramd.sizes import format_size
 
@@ -33,7 +35,12 @@ def _origin(table: Table, taken: Taken) -> str:
     if taken.source is None:
         return "default"
     place = _printable(taken.source.place(table.name, taken.key))
-    return f"{_printable(taken.written)}, {place}" if taken.written else place
+    return f"{_bytes(taken)}, {place}" if isinstance(taken.meaning, Size) and taken.meaning.varies else place
+
+
+def _bytes(taken: Taken) -> int:
+    size: int = taken.meaning.bytes
+    return round_up_to_page(size) if taken.key == "size" else size
 
 
 def _value(value: Any) -> str:

@@ -4,12 +4,10 @@ import grp
 import pwd
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zramd.expressions import evaluate
-from zramd.memory import round_up_to_page
+from zramd.expressions import Size, parse
 from zramd.nbd.identity import MAX_DESCRIPTION
 from zramd.nbd.tls import TlsMode
 from zramd.sizes import parse_size
@@ -154,31 +152,14 @@ def size(low: int, high: int) -> Callable[[Any], int]:
     return convert
 
 
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """What takes a size, or an expression of the memory that `ram` returns, in bytes or in whole `pages`."""
-
-    ram: Callable[[], int]
-    pages: bool = False
-
-    def __call__(self, value: Any) -> int:
-        """Return the bytes."""
-        return parse_size(string(self.plain(value)))
-
-    def plain(self, value: Any) -> int | str:
-        """Return a value that is no expression as it is, and what an expression comes to in bytes, or whole pages."""
-        try:
-            parse_size(string(value))
-        except ValueError:
-            size = evaluate(string(value), self.ram, up=self.pages)
-            return round_up_to_page(size) if self.pages else size
-        assert isinstance(value, int | str)  # noqa: S101 (so says `string`)
-        return value
+def expression(ram: Callable[[], int], *, up: bool = False) -> Callable[[Any], Size]:
+    """Return what takes a size, or an expression of the memory that `ram` returns; `up` is as in `evaluate`."""
+    return lambda value: parse(string(value), ram, up=up)
 
 
-def host_limit(ram: Callable[[], int]) -> Callable[[Any], int | None]:
-    """Return what takes a size, or "none"."""
-    return lambda value: None if value == "none" else Expression(ram)(value)
+def host_limit(ram: Callable[[], int]) -> Callable[[Any], Size | None]:
+    """Return what takes the same, or "none"."""
+    return lambda value: None if value == "none" else parse(string(value), ram)
 
 
 def file_system(value: Any) -> str:

@@ -49,6 +49,7 @@ _NO_REGION = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 class Wanted:
     """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
 
+    With `keep_size`, one that is kept has its own disksize, whatever is asked for: that was for this machine's memory.
     `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made. `backing` is
     where pages are written back to, or where the store is now that the device has. A device that is to be as `filled`
     says is made, and counts for nothing until it is `finish`ed.
@@ -62,6 +63,7 @@ class Wanted:
     integrity: bool = False
     backing: Path | None = None
     filled: Identity | None = None
+    keep_size: bool = False
 
 
 class CodecInUseError(Exception):
@@ -467,7 +469,7 @@ def _check(identity: Identity, first_disksize: int, wanted: Wanted, where: Path 
     """Refuse kept state that is not what was asked for. The size that a device had before it grew may be asked for."""
     remedy = f"ask for the same, or remove {where} to start afresh, or choose another --state or --volatile"
     sizes = (None, identity.disksize, first_disksize)
-    if (wanted.disksize and round_up_to_page(wanted.disksize)) not in sizes:
+    if not wanted.keep_size and (wanted.disksize and round_up_to_page(wanted.disksize)) not in sizes:
         raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
     if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
         raise StateError(f"the device kept in {where} has chain size {identity.chain_size}: {remedy}")
