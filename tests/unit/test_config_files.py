@@ -287,3 +287,30 @@ def test_a_disk_that_is_kept_stays_as_large_as_it_was_when_its_size_was_one_of_t
         else:
             with pytest.raises(StateError, match="has 8388608 bytes: ask for the same"):
                 OpenDevice(RegionStore(tmp_path / "state"), disk.wanted)
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "given"),
+    [
+        ("", [], ["--priority=100", "--options=discard"]),
+        ("swap-priority = 7\noptions = 'discard=once,nofail'", [], ["--priority=7", "--options=discard=once,nofail"]),
+        ("swap-priority = 7\noptions = 'discard=once,nofail'", ["--no-discard"], ["--priority=7", "--options=nofail"]),
+        ("swap-priority = -1\noptions = ''", [], ["--priority=-1"]),
+        ("swap-priority = 7", ["--priority", "0", "--disk", "zram1"], ["--priority=0", "--options=discard"]),
+    ],
+)
+def test_swapon_does_as_the_configuration_says_unless_told_otherwise(
+    lines: str, options: list[str], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, {"a.toml": f"[zram0]\n{lines}\n"}) / "a.toml"
+    if "--disk" in options:
+        make(tmp_path, {"a.toml.d/1.toml": "[zram1]\n"})
+    ran: list[list[str]] = []
+    monkeypatch.setattr("zramd.cli.swap.require_root", lambda: None)
+    monkeypatch.setattr("zramd.cli.swap.require_unused", lambda _: None)
+    monkeypatch.setattr("zramd.cli.swap.contents", lambda _: set())
+    monkeypatch.setattr("zramd.cli.swap.find_tool", lambda name, _: name)
+    monkeypatch.setattr("zramd.cli.swap.run_tool", ran.append)
+    result = CliRunner().invoke(main, ["swapon", "/dev/nbd3", "--config", str(path), *options])
+    assert (result.exit_code, result.output) == (0, "")
+    assert ran[1] == ["swapon", *given, Path("/dev/nbd3")]

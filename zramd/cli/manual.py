@@ -29,7 +29,8 @@ AS_IT_STANDS = "\b\n"
 FILES = {
     "/run/zramd, $XDG_RUNTIME_DIR/zramd": "The sockets of the disks that root, or another user, serves, and what these "
     "disks hold if that is a tmpfs; /dev/shm otherwise.",
-    "/etc/zramd": "Configurations of servers.",
+    "/etc/zramd/zramd.toml, /etc/zramd/zramd.toml.d/*.toml": "The configuration of a server, and what replaces its "
+    "keys one by one. NAME.toml beside it is for a server of one disk.",
 }
 ENVIRONMENT = {
     "ZRAMD_ENGINE": "python or native: which engine runs the hot path. Default: the compiled one, if it was built.",
