@@ -108,7 +108,7 @@ def attach(
         require_root()
         if fuse:
             _refuse_nbd_options(context)
-            click.echo(LoopDevice.attach(uri or _served_uri(socket), make_runtime_directory()).path)
+            click.echo(LoopDevice.attach(uri or _served(socket)[0], make_runtime_directory()).path)
             return
         if device is not None and not device.name.startswith("nbd"):
             raise click.UsageError(f"{device} is no NBD device; --fuse takes the loop device that is free")
@@ -149,16 +149,20 @@ def _find_export(uri: str | None, socket: Path | None, device: Path | None) -> t
         before = Order.load(str(runtime_directory()), device.name)
         if before is not None:
             return before.addresses, before.name
-    return parse_uri(uri or _served_uri(socket))
+    if uri is not None:
+        return parse_uri(uri)
+    uri, name = _served(socket)
+    # By its own name the default export, too: `swapon` and `mount` look in the configuration for that.
+    return parse_uri(uri)[0], name
 
 
-def _served_uri(socket: Path | None) -> str:
-    """Return where the disk of a status socket is served, or the one disk that there is."""
+def _served(socket: Path | None) -> tuple[str, str]:
+    """Return where the disk of a status socket is served, or the one disk that there is, and its name."""
     path = disk_socket(socket, STATUS_SUFFIX)
-    uris: list[str] = json.loads(request(path, "json"))["uris"]
-    if not uris:
+    facts = json.loads(request(path, "json"))
+    if not facts["uris"]:
         raise click.ClickException(f"the server at {path} does not tell where it serves: give --uri")
-    return min(uris, key=lambda uri: not uri.startswith("nbd+unix:"))
+    return min(facts["uris"], key=lambda uri: not uri.startswith("nbd+unix:")), facts["name"]
 
 
 @click.command()
