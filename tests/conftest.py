@@ -11,7 +11,8 @@ import pytest
 from hypothesis import settings
 
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.memory import RegionStore
 from zramd.status.client import ask
 

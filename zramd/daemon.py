@@ -26,9 +26,9 @@ from zramd.attach.swaps import swaps_of
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
-from zramd.device.opening import DEFAULT_ALGORITHM
 from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
+from zramd.device.wanted import DEFAULT_ALGORITHM
 from zramd.layout import PAGE_SHIFT
 from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
 from zramd.log import logging_aside

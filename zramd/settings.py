@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zramd.device.opening import Wanted
+from zramd.device.wanted import Wanted
 from zramd.nbd.access import DEFAULT_ACCESS, Access
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
 from zramd.nbd.tls import TlsSettings

@@ -21,7 +21,8 @@ from tests.nbd_bytes import EIO, READ, REPLY_BYTES, SIMPLE, reply
 from tests.property.test_crash import State, snapshot
 from tests.property.test_device import make_data, read, write
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_HANDLE_MASK,

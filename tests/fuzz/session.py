@@ -18,7 +18,8 @@ from tests.property.test_device import make_data, read, recount, write
 from tests.property.test_pool import check_invariants
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_HANDLE_MASK,

@@ -22,7 +22,8 @@ import zramd
 from tests.property.test_device import make_data, read, recount, write
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import codec
-from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
+from zramd.device.opening import CodecInUseError, OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.memory import Region, RegionStore
 

@@ -22,13 +22,14 @@ from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, Writeback
 from zramd.device.disk import Disk
 from zramd.device.fetching import Fetched, NotInMemoryError
 from zramd.device.idle import mark_idle
-from zramd.device.opening import CodecInUseError, OpenDevice, Wanted
+from zramd.device.opening import CodecInUseError, OpenDevice
 from zramd.device.pages import NoSpaceError
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
 from zramd.device.state import uptime
 from zramd.device.survey import Survey, take_survey
 from zramd.device.training import Training, train
+from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackType
 from zramd.device.zram import Device

@@ -33,7 +33,8 @@ from tests.property.test_device import make_data
 from tests.unit.test_transmission import parse_replies
 from zramd import native
 from zramd.device.codecs import Codec, codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.layout import PAGE_SIZE, WORD, Superblock
 from zramd.memory import RegionStore
 from zramd.nbd.limits import Limits

@@ -8,10 +8,11 @@ from xxhash import xxh3_128_digest
 
 from tests.property.test_device import PAGES, SIZE, DeviceMachine, read, recount
 from zramd.device.image import Counts, Header, pack_chunk, pack_header, pack_trailer, take_header
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.restoring import Source, fill, identity_for
 from zramd.device.saving import count
 from zramd.device.snapshot import Snapshot, data_bytes
+from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind
 from zramd.device.zram import Device
 from zramd.layout import (

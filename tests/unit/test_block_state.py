@@ -10,8 +10,9 @@ from tests.property.test_device import make_data, write
 from zramd.device.block_state import block_state
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression
+from zramd.device.wanted import Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.status import attributes

@@ -41,8 +41,9 @@ from tests.unit.test_structured import (
     talk,
 )
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.states import Run
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.memory import RegionStore
 from zramd.nbd.block_status import Context

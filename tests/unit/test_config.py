@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zramd.config import ConfigError, find_group, find_user, load, parse_address
-from zramd.device.opening import Wanted
+from zramd.device.wanted import Wanted
 from zramd.nbd.access import Access
 from zramd.nbd.limits import Limits
 from zramd.nbd.tls import TlsMode, TlsSettings

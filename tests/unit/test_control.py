@@ -13,7 +13,8 @@ from tests.property.test_device import make_data, read, write
 from zramd.device import codecs
 from zramd.device.disk import Disk
 from zramd.device.life import BusyError, UninitialisedError
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE
 from zramd.memory import NoMemoryError

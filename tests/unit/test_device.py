@@ -9,9 +9,10 @@ import pytest
 
 from tests.property.test_device import make_data, read, write
 from zramd.device.fetching import PageError
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.pages import NoSpaceError
 from zramd.device.superblock import StateError
+from zramd.device.wanted import Wanted
 from zramd.layout import ENTRY_HANDLE_MASK, ENTRY_STATE_SHIFT, HANDLE_IN_USE, PAGE_SIZE, PageState, Superblock
 from zramd.memory import NoMemoryError, Region, RegionError, RegionStore
 

@@ -62,7 +62,8 @@ from tests.nbd_bytes import (
 from tests.property.test_device import make_data, read
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.listeners import listen_tcp, listen_unix
 from zramd.memory import RegionStore
 from zramd.nbd.export import Export, Exports

@@ -18,7 +18,8 @@ from zramd.cli.stat import request
 from zramd.cli.status import NOT_RUNNING
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import listen_unix
 from zramd.memory import RegionStore

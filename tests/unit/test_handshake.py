@@ -38,7 +38,8 @@ from tests.nbd_bytes import (
     request,
 )
 from zramd.device.disk import Disk
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.listeners import listen_unix
 from zramd.memory import RegionStore
 from zramd.nbd.export import Export, Exports

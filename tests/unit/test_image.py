@@ -23,9 +23,10 @@ from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
 from zramd.device.image import VERSION, ImageError, pack_chunk
 from zramd.device.life import BusyError, UninitialisedError
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression
 from zramd.device.snapshot import CHUNK_PAGES, Snapshot, SnapshotLostError, data_bytes
+from zramd.device.wanted import Wanted
 from zramd.device.writeback import Selection, WritebackType
 from zramd.device.zram import Device
 from zramd.layout import (

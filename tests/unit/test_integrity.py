@@ -8,9 +8,10 @@ import pytest
 from tests.property.test_device import make_data, read, write
 from zramd.device.codecs import codec
 from zramd.device.fetching import PageError
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.superblock import StateError, load_identity
+from zramd.device.wanted import Wanted
 from zramd.layout import ENTRY_HANDLE_MASK, PAGE_SIZE, Superblock
 from zramd.memory import RegionStore
 

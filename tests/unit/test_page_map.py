@@ -6,8 +6,9 @@ import pytest
 
 from zramd.device import page_map
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.page_map import MOST_CELLS, PageKind, PageMap, map_pages
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_IDLE,

@@ -12,8 +12,8 @@ from tests.property.test_device import make_data, read, write
 from zramd.backing.store import SEGMENT
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
-from zramd.device.opening import Wanted
 from zramd.device.recompression import Outcome, Recompression
+from zramd.device.wanted import Wanted
 from zramd.device.work import WorkKind
 from zramd.layout import ENTRY_IDLE, PAGE_SIZE
 from zramd.policy.decision import Action, Decision

@@ -10,9 +10,10 @@ from zramd.device.algorithms import codec_number
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.idle import mark_idle
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import ENTRY_IDLE, ENTRY_INCOMPRESSIBLE, ENTRY_SIZE_MASK, ENTRY_SIZE_SHIFT, PAGE_SIZE
 from zramd.memory import RegionStore

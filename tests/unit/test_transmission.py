@@ -38,7 +38,8 @@ from tests.nbd_bytes import (
 )
 from tests.property.test_device import make_data
 from zramd.device.codecs import codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import ENTRY_HANDLE_MASK, ENTRY_SIZE_MASK, ENTRY_SIZE_SHIFT
 from zramd.memory import RegionStore

@@ -12,11 +12,12 @@ from tests.property.test_device import make_data, read, write
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.idle import mark_idle
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression
 from zramd.device.sampling import sample_pages
 from zramd.device.slices import in_slices
 from zramd.device.trial import pool_memory, run_trial
+from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore

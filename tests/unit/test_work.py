@@ -11,8 +11,8 @@ from tests.property.test_device import make_data, read, write
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.life import BusyError
-from zramd.device.opening import Wanted
 from zramd.device.recompression import Recompression
+from zramd.device.wanted import Wanted
 from zramd.device.work import WorkKind, Works, WorkUnderWayError
 from zramd.layout import PAGE_SIZE
 from zramd.status import attributes, control

@@ -21,9 +21,10 @@ from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
 from zramd.device.idle import mark_idle
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression, Recompressor
 from zramd.device.slices import in_slices
+from zramd.device.wanted import Wanted
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome, WritebackType
 from zramd.device.zram import Device
 from zramd.layout import ENTRY_HANDLE_MASK, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, ENTRY_TAKEN, PAGE_SIZE, PageState

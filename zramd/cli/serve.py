@@ -133,7 +133,7 @@ def serve(
     from zramd.config import ConfigError, find, load, load_disk
     from zramd.daemon import DaemonError, run
     from zramd.daemon import check as daemon_check
-    from zramd.device.opening import Wanted
+    from zramd.device.wanted import Wanted
     from zramd.log import start_log
     from zramd.native import EngineError, choose
     from zramd.nbd.tls import TlsMode, TlsSettings

@@ -21,7 +21,7 @@ def version(verbose: bool) -> None:
     text = f"zramd {__version__}"
     if verbose:
         from zramd.device.codecs import describe
-        from zramd.device.opening import DEFAULT_ALGORITHM
+        from zramd.device.wanted import DEFAULT_ALGORITHM
         from zramd.native import EngineError
         from zramd.native import describe as describe_engine
 

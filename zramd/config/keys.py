@@ -12,8 +12,8 @@ from zramd.config import values
 from zramd.config.document import ConfigError, Source, Table, suggest
 from zramd.config.files import SUFFIX, drop_ins, find
 from zramd.device.choice import parse_choice
-from zramd.device.opening import Wanted
 from zramd.device.recompression import Recompression
+from zramd.device.wanted import Wanted
 from zramd.expressions import Size, total_memory
 from zramd.nbd.access import Access
 from zramd.nbd.identity import UUID_LENGTH

@@ -14,7 +14,6 @@ from zramd.device.fetching import PageError
 from zramd.device.idle import mark_idle
 from zramd.device.image import Counts, Header, take_header
 from zramd.device.life import BusyError, Life
-from zramd.device.opening import Wanted
 from zramd.device.recompression import Outcome, Recompression, Recompressor
 from zramd.device.restoring import Source, fill, identity_for
 from zramd.device.saving import save
@@ -22,6 +21,7 @@ from zramd.device.slices import in_slices
 from zramd.device.snapshot import SnapshotLostError
 from zramd.device.state import uptime
 from zramd.device.survey import Survey, take_survey
+from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind, WorkUnderWayError
 from zramd.device.writeback import LimitError, Selection, Writeback, WritebackOutcome
 from zramd.layout import PAGE_SHIFT

@@ -11,8 +11,9 @@ from pathlib import Path
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import NAMES, Codec, Parameters, codec
 from zramd.device.counters import BdStat, IoStat, MmStat, RequestStat, WritebackSettings
-from zramd.device.opening import DEFAULT_ALGORITHM, CodecInUseError, OpenDevice, Wanted
+from zramd.device.opening import CodecInUseError, OpenDevice
 from zramd.device.requests import Requests
+from zramd.device.wanted import DEFAULT_ALGORITHM, Wanted
 from zramd.device.work import Works
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore

@@ -4,15 +4,14 @@ import errno
 import logging
 import os
 import re
-import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from zramd.backing import DamagedObjectError, Store
-from zramd.device.algorithms import PRIMARY, Algorithms, store_codec
+from zramd.device.algorithms import PRIMARY, store_codec
 from zramd.device.backing_dev import find_store, forget_store, load_path, make_store
 from zramd.device.cleaning import Reclaimer
-from zramd.device.codecs import Codec, codec
+from zramd.device.codecs import Codec
 from zramd.device.native import NativeDevice
 from zramd.device.state import Tables
 from zramd.device.superblock import (
@@ -24,46 +23,23 @@ from zramd.device.superblock import (
     note_end,
     store_identity,
 )
+from zramd.device.wanted import Wanted, check_identity, new_identity
 from zramd.device.zram import Device
 from zramd.layout import ACCESSED_BYTES, CODECS, MAGIC, PAGE_SHIFT, PAGE_SIZE, PRIORITIES, UNFINISHED, WORD, Superblock
 from zramd.memory import NoMemoryError, Region, RegionStore, SparseTable, round_up_to_page
 from zramd.native import Engine, choose
-from zramd.zsmalloc import FitRule, Pool, geometry
+from zramd.zsmalloc import Pool, geometry
 from zramd.zsmalloc.ahead import Ahead
-from zramd.zsmalloc.classes import DEFAULT_CHAIN_SIZE
 from zramd.zsmalloc.pool import max_disksize
 
 log = logging.getLogger(__name__)
 
-DEFAULT_DISKSIZE = 1 << 30
-DEFAULT_ALGORITHM = "lz4"
 
 _SUPERBLOCK, _PAGE_TABLE = "superblock", "page_table"
 _NEW_DICTIONARY = "dictionary.new"
 _ANY_REGION = re.compile(r"superblock|page_table|elements|accessed|handles|checksums|arena\d+|dictionary(\d|\.new)")
 _NO_REGION = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What opening a symbolic link, a directory or a socket fails with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What was asked for; None is "as the kept state says, or the default". A device may `grow` to the disksize.
-
-    With `keep_size`, one that is kept has its own disksize, whatever is asked for: that was for this machine's memory.
-    `secondary` has the codecs to recompress with, by priority; `integrity` is for a device that is made. `backing` is
-    where pages are written back to, or where the store is now that the device has. A device that is to be as `filled`
-    says is made, and counts for nothing until it is `finish`ed.
-    """
-
-    disksize: int | None = None
-    codec: Codec | None = None
-    chain_size: int | None = None
-    grow: bool = False
-    secondary: dict[int, Codec] = field(default_factory=dict)
-    integrity: bool = False
-    backing: Path | None = None
-    filled: Identity | None = None
-    keep_size: bool = False
 
 
 class CodecInUseError(Exception):
@@ -104,7 +80,7 @@ class OpenDevice:
             identity = self._find(wanted)
             self.recovered = identity is not None
             if identity is None:
-                identity = wanted.filled or _new_identity(wanted)
+                identity = wanted.filled or new_identity(wanted)
             try:
                 self.device = self._build(identity, wanted)
             except StateError as error:
@@ -146,7 +122,7 @@ class OpenDevice:
         if identity is not None and wanted.grow and wanted.disksize is not None:
             return replace(identity, disksize=round_up_to_page(wanted.disksize))
         if identity is not None:
-            _check(identity, first_disksize, wanted, self._store.directory)
+            check_identity(identity, first_disksize, wanted, self._store.directory)
         return identity
 
     def _read_dictionary(self, number: int, length: int) -> bytes:
@@ -448,28 +424,6 @@ class OpenDevice:
             self.close()
 
 
-def _new_identity(wanted: Wanted) -> Identity:
-    chain_size = wanted.chain_size or DEFAULT_CHAIN_SIZE
-    rule = FitRule.LEAST_WASTE
-    disksize = round_up_to_page(wanted.disksize or DEFAULT_DISKSIZE)
-    limit = max_disksize(geometry(chain_size, rule))
-    if disksize > limit:
-        raise StateError(f"a disk of {disksize} bytes is too large: at most {limit} with chain size {chain_size}")
-    codecs: list[Codec | None] = [wanted.codec or codec(DEFAULT_ALGORITHM)]
-    codecs += [wanted.secondary.get(priority) for priority in range(1, PRIORITIES)]
-    return Identity(disksize, Algorithms(codecs), chain_size, rule, uuid.uuid4(), wanted.integrity)
-
-
 def _dictionary(number: int) -> str:
     """Return the name of the region with the dictionary of a codec."""
     return f"dictionary{number}"
-
-
-def _check(identity: Identity, first_disksize: int, wanted: Wanted, where: Path | None) -> None:
-    """Refuse kept state that is not what was asked for. The size that a device had before it grew may be asked for."""
-    remedy = f"ask for the same, or remove {where} to start afresh, or choose another --state or --volatile"
-    sizes = (None, identity.disksize, first_disksize)
-    if not wanted.keep_size and (wanted.disksize and round_up_to_page(wanted.disksize)) not in sizes:
-        raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
-    if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
-        raise StateError(f"the device kept in {where} has chain size {identity.chain_size}: {remedy}")

@@ -7,7 +7,8 @@ import hashlib
 import os
 
 from zramd.device.codecs import Codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.zram import Device
 from zramd.layout import PAGE_SIZE, PageState
 from zramd.memory import NoMemoryError, Region, RegionStore

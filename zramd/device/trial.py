@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from zramd.device.codecs import Codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind
 from zramd.device.zram import Device
 from zramd.layout import ENTRY_SIZE_MASK, ENTRY_SIZE_SHIFT, PAGE_SIZE

@@ -8,7 +8,8 @@ import socket
 import threading
 
 from zramd.device.codecs import Codec
-from zramd.device.opening import OpenDevice, Wanted
+from zramd.device.opening import OpenDevice
+from zramd.device.wanted import Wanted
 from zramd.layout import PAGE_SIZE
 from zramd.memory import RegionStore
 from zramd.nbd.protocol import REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, SIMPLE_REPLY_MAGIC, Command, CommandFlag
