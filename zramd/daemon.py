@@ -56,6 +56,7 @@ from zramd.supervisor import HAND_OVER, supervise
 STACK_BYTES = 512 << 10
 """Of each thread. The codecs keep their state on the heap; liblz4's fast compressor puts 16 KiB on the stack."""
 STOP_SECONDS = 0.4
+"""That those who wait for an answer are given at the end, `zramd stop` among them."""
 SWAPOFF_SECONDS = 1.0
 """Between two looks whether the machine still swaps to a server that is to stop."""
 SWITCH_SECONDS = 0.0005
@@ -269,7 +270,7 @@ class _Daemon:
         status.accept_on(reading, READ_PAUSE)
         admin.accept_on(changing)
         self._sockets.callback(status.stop, 0)
-        self._sockets.callback(admin.stop, 0)
+        self._sockets.callback(admin.stop, STOP_SECONDS)
 
     def _serve_web(self, listeners: list[socket.socket]) -> None:
         """Open the page for browsers, if it has any listeners."""

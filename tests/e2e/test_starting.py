@@ -202,6 +202,20 @@ def test_the_command_stat_asks_the_disk_whose_status_socket_it_is_given(tmp_path
     stopped(server)
 
 
+def test_the_command_that_stops_a_server_has_its_answer_though_the_server_ends_meanwhile(tmp_path: Path) -> None:
+    slow = (
+        "import time; from zramd.status.server import AdminServer as A; answer = A._answer;"
+        "A._answer = lambda *given: (answer(*given), time.sleep(0.15))[0];"
+        "from zramd.cli import main; main()"
+    )
+    config = write_config(tmp_path, config_of(tmp_path, disk_table(tmp_path)))
+    server = subprocess.Popen([sys.executable, "-c", slow, "serve", "--config", config], stdout=subprocess.PIPE, text=True)
+    wait_until_served(server)
+    done = zramd("stop", "--admin", tmp_path / "zram0.admin")
+    assert (done.returncode, done.stderr) == (0, "")
+    server.communicate(timeout=30)
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_each_disk_that_keeps_its_contents_has_them_after_a_restart(tmp_path: Path, three: str, end: str) -> None:
     names = ("zram0", "zram5", "zram2")

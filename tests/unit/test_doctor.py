@@ -184,6 +184,14 @@ def test_drop_ins_and_sizes_by_memory_are_looked_at_too(tmp_path: Path) -> None:
     assert found["memory zram7"].text.startswith("105M takes 52.5M at 2:1")
 
 
+def test_units_are_not_to_start_a_checkout_in_a_home_directory(tmp_path: Path) -> None:
+    root = make(tmp_path, {"usr/local/bin/zramd": None})
+    (root / "usr/local/bin").mkdir(parents=True)
+    (root / "usr/local/bin/zramd").symlink_to("/home/me/zramd/.venv/bin/zramd")
+    found = findings(MadeUp(root))["units"]
+    assert (found.verdict, "/home/me/zramd" in found.text) == (Verdict.PROBLEM, True)
+
+
 def test_a_missing_tool_is_named_with_its_package(tmp_path: Path) -> None:
     root = make(tmp_path)
     (root / "usr/sbin/mkswap").unlink()

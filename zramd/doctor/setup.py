@@ -81,9 +81,7 @@ def _is_elf(path: Path) -> bool:
 
 def _units(machine: Machine) -> Iterator[Finding]:
     """Look whether the units that are installed start this program."""
-    found = [
-        name for name in ("zramd@.service", "zramd-attach@.service", "zramd-swap@.service") if _unit(machine, name)
-    ]
+    found = [name for name in STARTING if _unit(machine, name)]
     for name in found:
         directory, text = _unit(machine, name) or ("", "")
         match = re.search(r"^ExecStart=[-+!:@]*(\S+)", text, re.MULTILINE)
@@ -91,6 +89,11 @@ def _units(machine: Machine) -> Iterator[Finding]:
         if Path(program).name != "zramd":
             text = f"/{directory}/{name} starts {program or 'nothing'}, and is not of this zramd"
             yield problem("units", text, "remove it, or install the one in systemd/")
+            return
+        real = Path(machine.root, program.lstrip("/")).resolve()
+        if real.is_relative_to("/root") or real.is_relative_to("/home"):
+            remedy = f"python3 -m venv /opt/zramd, /opt/zramd/bin/pip install zramd there, and link {program} to it"
+            yield problem("units", f"{program} is {real}, which units cannot see (ProtectHome=yes)", remedy)
             return
         if not machine.exists(program.lstrip("/")):
             remedy = f'link it: ln -s "$(command -v zramd)" {program}'
