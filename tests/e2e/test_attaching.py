@@ -277,4 +277,5 @@ def test_an_attach_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         pytest.skip(str(error))
     before = in_use()
     assert "absent.nbd" in refused("attach", "--fuse", "--uri", f"nbd+unix:///?socket={tmp_path}/absent.nbd")
+    assert "/etc/pki/libnbd" in refused("attach", "--fuse", "--uri", "nbds://localhost/?tls-certificates=/absent")
     assert in_use() <= before

@@ -209,7 +209,8 @@ def test_the_command_that_stops_a_server_has_its_answer_though_the_server_ends_m
         "from zramd.cli import main; main()"
     )
     config = write_config(tmp_path, config_of(tmp_path, disk_table(tmp_path)))
-    server = subprocess.Popen([sys.executable, "-c", slow, "serve", "--config", config], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", slow, "serve", "--config", str(config)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until_served(server)
     done = zramd("stop", "--admin", tmp_path / "zram0.admin")
     assert (done.returncode, done.stderr) == (0, "")

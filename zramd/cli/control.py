@@ -32,6 +32,8 @@ def set_attributes(assignments: tuple[str, ...], socket: Path | None) -> None:
       comp_algorithm    lz4, lz4hc or zstd
       algorithm_params  'level=N dict=/PATH priority=P'
       recomp_algorithm  'algo=NAME priority=P', P being 1 to 3: what to recompress with
+      backing_dev       file or block device to write pages back to; what is on it is overwritten
+      writeback_limit   pages that may be written back, with writeback_limit_enable=1
       cancel            work that is under way: recompress, writeback ..., or all
       disksize          makes the disk; after a reset, or after `zramd serve --size 0`
       grow              makes it larger, while it is used
@@ -84,7 +86,8 @@ def grow(size: int, socket: Path | None) -> None:
     """Make the disk larger, to SIZE, while it is used.
 
     Clients are disconnected and connect again; a device of `zramd attach` has the new size a moment later. What is on
-    it has to be told: resize2fs for ext4; a swap area keeps its size until mkswap.
+    it has to be told: resize2fs for ext4; a swap area keeps its size until mkswap. A device of `zramd attach --fuse` is
+    lost: unmount and detach it before.
 
     \b
     Example:

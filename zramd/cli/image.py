@@ -46,7 +46,7 @@ def save(file: Path, socket: Path | None) -> None:
 @click.option(
     "--size", type=Parsed("size", parse_size), help="Size of the disk, if it is to be larger than the saved one."
 )
-@click.option("--if-empty", is_flag=True, help="Do nothing where the disk holds data, which a server keeps that ends.")
+@click.option("--if-empty", is_flag=True, help="Do nothing if the disk holds data, as one that was kept does.")
 @admin_option
 def restore(file: Path, size: int | None, if_empty: bool, socket: Path | None) -> None:
     """Make the disk what was saved in FILE, or (-) comes from standard input.

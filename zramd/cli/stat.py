@@ -43,9 +43,9 @@ def disk_socket(given: Path | None, suffix: str) -> Path:
 def stat(name: str | None, human: bool, prometheus: bool, output: Path | None, socket: Path | None) -> None:
     """Print the attribute NAME of a running server, as the kernel prints it for zram.
 
-    Sizes are in bytes. Names: mm_stat io_stat debug_stat stat disksize comp_algorithm mem_limit mem_used_max initstate,
-    classes for the pool's size classes (zsmalloc's file in debugfs), codecs for the libraries in use, and json for
-    everything at once.
+    Sizes are in bytes. Names: mm_stat io_stat bd_stat debug_stat stat disksize comp_algorithm recomp_algorithm
+    mem_limit mem_used_max backing_dev writeback_limit initstate; classes for the pool's size classes (zsmalloc's file
+    in debugfs), codecs for the libraries in use, work for what is under way, and json for everything at once.
 
     \b
     Example:
