@@ -9,7 +9,7 @@ import pytest
 from zramd.nbd import protocol
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TABLES: dict[str, type[IntEnum] | type[IntFlag]] = {
     "Handshake flags": protocol.HandshakeFlag,
     "Options": protocol.Option,
@@ -58,5 +58,8 @@ def test_a_log_line_that_is_explained_is_one_that_is_logged() -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_lead_to_files(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", path.read_text()):
         assert (path.parent / target).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (path.parent / target).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
