@@ -92,7 +92,8 @@ def _units(machine: Machine) -> Iterator[Finding]:
             return
         real = Path(machine.root, program.lstrip("/")).resolve()
         if real.is_relative_to("/root") or real.is_relative_to("/home"):
-            remedy = f"python3 -m venv /opt/zramd, /opt/zramd/bin/pip install zramd there, and link {program} to it"
+            install = "python3 -m venv /opt/zramd && /opt/zramd/bin/pip install '.[top]'"
+            remedy = f"in the checkout: {install} && ln -sf /opt/zramd/bin/zramd {program}"
             yield problem("units", f"{program} is {real}, which units cannot see (ProtectHome=yes)", remedy)
             return
         if not machine.exists(program.lstrip("/")):
