@@ -240,7 +240,7 @@ def test_what_it_cannot_do_is_one_line(server: ServerProcess, tmp_path: Path) ->
     missing = run("--once", *place, code="import sys; sys.modules['rich'] = None")
     refusals = [
         (run(*place), 1, "this is no terminal: use zramd top --once, or --json"),
-        (missing, 1, "rich, which is not installed: pip install 'zramd[top]'"),
+        (missing, 1, f"rich, which is not installed: {sys.executable} -m pip install rich"),
         (run("--json", "--status", str(tmp_path / "none")), NOT_RUNNING, "no server answers"),
     ]
     for done, status, words in refusals:

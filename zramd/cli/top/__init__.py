@@ -127,6 +127,7 @@ def _screen() -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
+        install = f"{sys.executable} -m pip install rich"
         raise click.ClickException(
-            "zramd top is drawn with rich, which is not installed: pip install 'zramd[top]' (--json works without)"
+            f"zramd top is drawn with rich, which is not installed: {install} (--json works without)"
         ) from error
