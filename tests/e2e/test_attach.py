@@ -44,18 +44,25 @@ def checksums(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+MADE = "zramd-loop-"
+"""In the name of each directory that `zramd attach --fuse` makes."""
+
+
 def in_use() -> set[str]:
-    """Name each loop device, mount and nbdfuse of this machine."""
-    loops = {str(path) for path in Path("/sys/block").glob("loop*/loop")}
-    mounts = set(Path("/proc/self/mounts").read_text().splitlines())
-    return loops | mounts | {str(path.parent) for path in Path("/proc").glob("[0-9]*/comm") if is_nbdfuse(path)}
+    """Name each loop device, mount and nbdfuse of this machine that `zramd attach` has made.
+
+    What others have is none of this: the tests with the other engine run at the same time.
+    """
+    files = [*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")]
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    return {str(path.parent) for path in files if MADE in _text(path)} | {line for line in mounts if MADE in line}
 
 
-def is_nbdfuse(comm: Path) -> bool:
+def _text(path: Path) -> str:
     try:
-        return comm.read_text() == "nbdfuse\n"
+        return path.read_text(errors="replace")
     except OSError:  # ended since it was listed
-        return False
+        return ""
 
 
 @pytest.fixture
