@@ -40,8 +40,10 @@ PAGES = 1024
 SIZE = PAGES * PAGE_SIZE
 SEGMENTS = 4
 """Of the backing store, which is full at times."""
+RESTORED_AFTER = 1000
+"""Requests."""
 TRAFFIC_SECONDS = 0.05
-"""Before a disk is grown, reset or restored."""
+"""Before a disk is grown or reset."""
 SAID = ("zramd: connection ended:", "zramd: zram0: policy:")
 """How lines begin that are no trouble: a client was sent away, or the policy has done something."""
 NOT_USED = " is not used: stored pages "
@@ -107,7 +109,10 @@ class KilledDisk:
                 server.has_died(TRAFFIC_SECONDS)
                 say(server, "reset force")
             if step.phase is Phase.RESTORING:
-                server.has_died(TRAFFIC_SECONDS)
+                # However slow the machine is, there are pages to restore.
+                wanted = self.answered + RESTORED_AFTER
+                while self.answered < wanted and not server.has_died(PAUSE_SECONDS):
+                    pass
                 self._restore(server)
             if step.phase is Phase.ENLARGING:
                 server.has_died(TRAFFIC_SECONDS)
