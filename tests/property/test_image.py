@@ -7,11 +7,12 @@ from hypothesis.stateful import precondition, rule
 from xxhash import xxh3_128_digest
 
 from tests.property.test_device import PAGES, SIZE, DeviceMachine, read, recount
+from zramd.device.entry import size_of
 from zramd.device.image import Counts, Header, pack_chunk, pack_header, pack_trailer, take_header
 from zramd.device.opening import OpenDevice
 from zramd.device.restoring import Source, fill, identity_for
 from zramd.device.saving import count
-from zramd.device.snapshot import Snapshot, data_bytes
+from zramd.device.snapshot import Snapshot
 from zramd.device.wanted import Wanted
 from zramd.device.work import Work, WorkKind
 from zramd.device.zram import Device
@@ -40,7 +41,7 @@ def lasting_entries(device: Device) -> list[int]:
 
 def in_memory(entry: int) -> int:
     """Return the entry that a written-back page has when it is restored."""
-    state = PageState.HUGE if data_bytes(entry) == PAGE_SIZE else PageState.COMPRESSED
+    state = PageState.HUGE if size_of(entry) == PAGE_SIZE else PageState.COMPRESSED
     return entry & ~STATE | state << ENTRY_STATE_SHIFT
 
 

@@ -20,12 +20,13 @@ from zramd.device.cleaning import clean
 from zramd.device.codecs import CodecError, Parameters
 from zramd.device.counters import MmStat
 from zramd.device.disk import Disk
+from zramd.device.entry import size_of
 from zramd.device.fetching import PageError
 from zramd.device.image import VERSION, ImageError, pack_chunk
 from zramd.device.life import BusyError, UninitialisedError
 from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression
-from zramd.device.snapshot import CHUNK_PAGES, Snapshot, SnapshotLostError, data_bytes
+from zramd.device.snapshot import CHUNK_PAGES, Snapshot, SnapshotLostError
 from zramd.device.wanted import Wanted
 from zramd.device.writeback import Selection, WritebackType
 from zramd.device.zram import Device
@@ -168,7 +169,7 @@ def test_what_recompression_made_is_restored_however_large_it_is() -> None:
     write(device, 0, bytearray(b"".join(pages)))
     disk.recompress(Recompression())
     with device:
-        sizes = [data_bytes(entry) for _, entry in device.entries()]
+        sizes = [size_of(entry) for _, entry in device.entries()]
     assert any(limit <= size < PAGE_SIZE for size in sizes)
     restore(other, save(disk))
     assert read(device_of(other), 0, len(pages) * PAGE_SIZE) == b"".join(pages)
@@ -401,7 +402,7 @@ def test_pages_that_are_written_back_are_saved_as_what_they_are(disk: Disk, tmp_
     assert len(states) * PAGE_SIZE == before.orig_data_size
     assert states.count(PageState.HUGE) == before.huge_pages
     assert sum(len(data) for _, _, data in chunks) == before.compr_data_size + 8 * sum(
-        entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK == PageState.SAME_FILLED and data_bytes(entry) == 8
+        entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK == PageState.SAME_FILLED and size_of(entry) == 8
         for entry in stored.values()
     )
     write_back(0, 4 * CHUNK_PAGES)

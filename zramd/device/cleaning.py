@@ -3,16 +3,12 @@
 import threading
 
 from zramd.backing import DamagedObjectError, FullError, Store
+from zramd.device.entry import STATE_MASK, WRITTEN_BACK, size_of
 from zramd.device.slices import pause
 from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_HANDLE_MASK,
-    ENTRY_SIZE_MASK,
-    ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     PAGE_SHIFT,
-    PageState,
 )
 
 AT_ONCE = 16
@@ -22,8 +18,6 @@ BATCH = 64
 RECLAIM_SECONDS = 1.0
 """How often it is looked for emptied segments."""
 
-_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
 
 Object = tuple[int, int, int]
 """(place, page, bytes of data)"""
@@ -62,7 +56,7 @@ class _Mover:
             FullError: there is no segment to move them to.
         """
         for index, entry in self._live(objects):
-            length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+            length = size_of(entry)
             try:
                 data = self._backing.unseal(entry & ENTRY_HANDLE_MASK, index, length)
             except DamagedObjectError:
@@ -84,7 +78,7 @@ class _Mover:
         return [
             (index, entry)
             for index, entry, place in entries
-            if entry & _STATE_MASK == _WRITTEN_BACK and entry & ENTRY_HANDLE_MASK == place
+            if entry & STATE_MASK == WRITTEN_BACK and entry & ENTRY_HANDLE_MASK == place
         ]
 
     def publish(self) -> None:

@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING
 
 from zramd.backing import DamagedObjectError
 from zramd.device.codecs import CodecError
+from zramd.device.entry import STATE_MASK, WRITTEN_BACK, size_of
 from zramd.layout import (
     ENTRY_HANDLE_MASK,
-    ENTRY_SIZE_MASK,
-    ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     PAGE_SIZE,
-    PageState,
 )
 
 if TYPE_CHECKING:
@@ -21,9 +17,6 @@ if TYPE_CHECKING:
 
 BATCH = 32
 """Pages that are read together, and then looked at under one hold of the lock."""
-
-_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
 
 
 class PageError(Exception):
@@ -81,10 +74,10 @@ def _fetch_together(device: "Pages", pages: list[int]) -> dict[int, Fetched]:
         seen = {
             index: Fetched(entry, _reused(device, entry), None)
             for index, entry in entries.items()
-            if entry & _STATE_MASK == _WRITTEN_BACK
+            if entry & STATE_MASK == WRITTEN_BACK
         }
     objects = backing.read_together(
-        (fetched.entry & ENTRY_HANDLE_MASK, index, _length(fetched.entry)) for index, fetched in seen.items()
+        (fetched.entry & ENTRY_HANDLE_MASK, index, size_of(fetched.entry)) for index, fetched in seen.items()
     )
     found: dict[int, Fetched] = {}
     with device:
@@ -96,10 +89,6 @@ def _fetch_together(device: "Pages", pages: list[int]) -> dict[int, Fetched]:
             with suppress(CodecError):
                 found[index] = Fetched(entry, reused, _page(device, entry, data))
     return found
-
-
-def _length(entry: int) -> int:
-    return entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
 
 
 def _page(device: "Pages", entry: int, data: bytes) -> bytes:
@@ -118,7 +107,7 @@ def fetch_page(device: "Pages", index: int) -> Fetched:
             if device.retired:
                 return Fetched(0, 0, None, "went away with its disk")
             entry = device.entry(index)
-            if entry & _STATE_MASK != _WRITTEN_BACK:
+            if entry & STATE_MASK != WRITTEN_BACK:
                 return _load(device, index, entry)
             reused, backing = _reused(device, entry), device.backing
         data, failure = b"", ""
@@ -126,7 +115,7 @@ def fetch_page(device: "Pages", index: int) -> Fetched:
             failure = "is on the backing store, which is missing"
         else:
             try:
-                data = backing.read(entry & ENTRY_HANDLE_MASK, index, _length(entry))
+                data = backing.read(entry & ENTRY_HANDLE_MASK, index, size_of(entry))
             except OSError as error:
                 failure = f"cannot be read from the backing store: {error.strerror}"
             except DamagedObjectError as error:

@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from zramd.device.entry import IN_MEMORY, STATE_MASK
 from zramd.device.work import Work, WorkKind
-from zramd.layout import ENTRY_IDLE, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PAGE_SHIFT, PageState
+from zramd.layout import ENTRY_IDLE, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from zramd.device.zram import Device
-
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_IN_MEMORY = {state << ENTRY_STATE_SHIFT for state in (PageState.COMPRESSED, PageState.HUGE)}
 
 
 def mark_idle(device: "Device", cutoff: int | None, work: Work | None = None) -> Iterator[None]:
@@ -25,7 +23,7 @@ def mark_idle(device: "Device", cutoff: int | None, work: Work | None = None) ->
     for first, entries in device.chunks():
         times = device.access_times(first, len(entries)) if cutoff is not None else None
         for offset, entry in enumerate(entries):
-            if entry & _STATE in _IN_MEMORY:
+            if entry & STATE_MASK in IN_MEMORY:
                 idle = times is None or times[offset] < (cutoff or 0)
                 work.changed += idle
                 wanted = entry | ENTRY_IDLE if idle else entry & ~ENTRY_IDLE

@@ -8,6 +8,7 @@ from xxhash import xxh3_64_intdigest
 from zramd.backing import Store
 from zramd.device.algorithms import codec_number
 from zramd.device.codecs import Codec, CodecError
+from zramd.device.entry import COMPRESSED, HUGE, SAME_FILLED, STATE_MASK, WRITTEN_BACK, size_of
 from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError, fetch
 from zramd.device.snapshot import Copies
 from zramd.device.state import DeviceState, uptime
@@ -19,15 +20,12 @@ from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     ENTRY_TAKEN,
     NOBODY,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
     WORD,
     DeviceRecord,
-    PageState,
     PoolRecord,
     Superblock,
 )
@@ -36,14 +34,8 @@ _WORDS = PAGE_SIZE // WORD
 ZERO_PAGE = bytes(PAGE_SIZE)
 """What `read` returns for a page of zeros: this very object, or a view of it."""
 
-# The states as they stand in an entry, as plain integers: an enum costs more than the rest of the comparison.
-_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
-_COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
-_HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
 _UNTOUCHED = ENTRY_IDLE | ENTRY_TAKEN
-_HUGE = _HUGE_STATE | PAGE_SIZE << ENTRY_SIZE_SHIFT
+_HUGE = HUGE | PAGE_SIZE << ENTRY_SIZE_SHIFT
 _POOL_PAGES = int(PoolRecord.PAGES)
 _PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, *_ = map(int, DeviceRecord)
 _SNAPSHOT_FROM = int(DeviceRecord.SNAPSHOT_FROM)
@@ -68,8 +60,8 @@ class Pages(DeviceState):
         """
         if backing and self.record[_BACKED_PAGES]:
             for _, entry in self.entries():
-                if entry & _STATE_MASK == _WRITTEN_BACK:
-                    backing.adopt(entry & ENTRY_HANDLE_MASK, entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK)
+                if entry & STATE_MASK == WRITTEN_BACK:
+                    backing.adopt(entry & ENTRY_HANDLE_MASK, size_of(entry))
         with self.lock:
             self.backing = backing
 
@@ -123,22 +115,22 @@ class Pages(DeviceState):
         before = len(out)
         for index in range(first, end):
             entry = table[index] if ready[index >> TABLE_CHUNK_SHIFT] else 0
-            state = entry & _STATE_MASK
+            state = entry & STATE_MASK
             if entry and timed[index >> ACCESSED_CHUNK_SHIFT]:
                 times[index] = now
             if entry & _UNTOUCHED:
                 table[index] = entry & ~_UNTOUCHED
-            if state in (_COMPRESSED, _HUGE_STATE):
+            if state in (COMPRESSED, HUGE):
                 try:
                     data = self.stored(entry)
-                    out.append(self.decompress(entry, data) if state == _COMPRESSED else data.tobytes())
+                    out.append(self.decompress(entry, data) if state == COMPRESSED else data.tobytes())
                 except CodecError as error:
                     del out[before:]
                     raise PageError(f"page {index} is damaged: {error}") from error
-            elif state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
+            elif state == SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
                 out.append(self._elements.words[index].to_bytes(WORD, "little") * _WORDS)
             else:
-                if state == _WRITTEN_BACK:
+                if state == WRITTEN_BACK:
                     backed.append(index)
                 out.append(ZERO_PAGE)
         return backed
@@ -194,9 +186,9 @@ class Pages(DeviceState):
                     if not self._elements.ready[index >> TABLE_CHUNK_SHIFT]:
                         self._elements.make_ready(index >> TABLE_CHUNK_SHIFT)
                     self._elements.words[index] = page
-                    entry = _SAME_FILLED | ENTRY_HAS_ELEMENT
+                    entry = SAME_FILLED | ENTRY_HAS_ELEMENT
                 else:
-                    entry = _SAME_FILLED
+                    entry = SAME_FILLED
                 record[_SAME_PAGES] += 1
             else:
                 length = len(page)
@@ -210,14 +202,14 @@ class Pages(DeviceState):
                     record[_HUGE_PAGES] += 1
                     self._words[Superblock.HUGE_PAGES_SINCE] += 1
                 else:
-                    entry = _COMPRESSED | length << ENTRY_SIZE_SHIFT | handle | bits
+                    entry = COMPRESSED | length << ENTRY_SIZE_SHIFT | handle | bits
                     record[pages_of_codec] += 1
                 record[_COMPR_DATA_SIZE] += length
             old = table[index]
             table[index] = entry
             if not old:
                 record[_PAGES_STORED] += 1
-            elif old & _STATE_MASK == _COMPRESSED:
+            elif old & STATE_MASK == COMPRESSED:
                 pool.free(old & ENTRY_HANDLE_MASK)
                 record[_COMPR_DATA_SIZE] -= old >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
                 record[_CODEC_PAGES + codec_number(old)] -= 1
@@ -237,12 +229,12 @@ class Pages(DeviceState):
 
     def _release(self, entry: int) -> None:
         """Free what an entry that is no longer in the table refers to."""
-        state = entry & _STATE_MASK
-        if state == _SAME_FILLED:
+        state = entry & STATE_MASK
+        if state == SAME_FILLED:
             self.record[_SAME_PAGES] -= 1
             return
         length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
-        if state == _WRITTEN_BACK:
+        if state == WRITTEN_BACK:
             self.record[_BACKED_PAGES] -= 1
             if length < PAGE_SIZE:
                 self.record[_CODEC_PAGES + codec_number(entry)] -= 1
@@ -251,7 +243,7 @@ class Pages(DeviceState):
             return
         self.pool.free(entry & ENTRY_HANDLE_MASK)
         self.record[_COMPR_DATA_SIZE] -= length
-        if state == _HUGE_STATE:
+        if state == HUGE:
             self.record[_HUGE_PAGES] -= 1
         else:
             self.record[_CODEC_PAGES + codec_number(entry)] -= 1
@@ -270,7 +262,7 @@ class Pages(DeviceState):
         handle = self.pool.malloc(len(stored), stored)
         if self._checksums is not None:
             self._checksums[handle] = xxh3_64_intdigest(stored)
-        self._table.words[index] = _COMPRESSED | len(stored) << ENTRY_SIZE_SHIFT | handle | bits
+        self._table.words[index] = COMPRESSED | len(stored) << ENTRY_SIZE_SHIFT | handle | bits
         self.record[_COMPR_DATA_SIZE] += len(stored)
         self.record[_CODEC_PAGES + codec_number(bits)] += 1
         self._release(old)
@@ -278,10 +270,10 @@ class Pages(DeviceState):
     def write_back(self, index: int, place: int) -> None:
         """Let a page be only in the backing store, at a place where it was written. The caller holds the lock."""
         entry = self._table.words[index]
-        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
-        lasting = entry & ~(_UNTOUCHED | _STATE_MASK | ENTRY_HANDLE_MASK)
+        length = size_of(entry)
+        lasting = entry & ~(_UNTOUCHED | STATE_MASK | ENTRY_HANDLE_MASK)
         self._require_backing().keep(place, length)
-        self._table.words[index] = lasting | _WRITTEN_BACK | place
+        self._table.words[index] = lasting | WRITTEN_BACK | place
         self.record[_BACKED_PAGES] += 1
         if length < PAGE_SIZE:
             self.record[_CODEC_PAGES + codec_number(entry)] += 1
@@ -290,7 +282,7 @@ class Pages(DeviceState):
     def move_backed(self, index: int, place: int) -> None:
         """Note that what a written-back page is stored as lies elsewhere now too. The caller holds the lock."""
         backing, entry = self._require_backing(), self._table.words[index]
-        length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
+        length = size_of(entry)
         backing.keep(place, length)
         self._table.words[index] = entry & ~ENTRY_HANDLE_MASK | place
         backing.free(entry & ENTRY_HANDLE_MASK, length)
@@ -303,17 +295,17 @@ class Pages(DeviceState):
         Raises:
             NoMemoryError: there is no room.
         """
-        record, state = self.record, entry & _STATE_MASK
+        record, state = self.record, entry & STATE_MASK
         if not self._accessed.ready[index >> ACCESSED_CHUNK_SHIFT]:
             self._accessed.make_ready(index >> ACCESSED_CHUNK_SHIFT)
         self._times[index] = uptime()
         self._table.make_ready(index >> TABLE_CHUNK_SHIFT)
-        if state == _SAME_FILLED:
-            self._table.words[index] = _SAME_FILLED
+        if state == SAME_FILLED:
+            self._table.words[index] = SAME_FILLED
             if data:
                 self._elements.make_ready(index >> TABLE_CHUNK_SHIFT)
                 self._elements.words[index] = int.from_bytes(data, "little")
-                self._table.words[index] = _SAME_FILLED | ENTRY_HAS_ELEMENT
+                self._table.words[index] = SAME_FILLED | ENTRY_HAS_ELEMENT
             record[_SAME_PAGES] += 1
         else:
             handle = self.pool.malloc(len(data), data)
@@ -321,7 +313,7 @@ class Pages(DeviceState):
                 self._checksums[handle] = xxh3_64_intdigest(data)
             self._table.words[index] = entry | handle
             record[_COMPR_DATA_SIZE] += len(data)
-            if state == _HUGE_STATE:
+            if state == HUGE:
                 record[_HUGE_PAGES] += 1
             else:
                 record[_CODEC_PAGES + codec_number(entry)] += 1

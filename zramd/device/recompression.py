@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from zramd.device.algorithms import Decompressors, codec_number, entry_bits
 from zramd.device.codecs import CodecError
+from zramd.device.entry import HUGE, IN_MEMORY, STATE_MASK, size_of
 from zramd.device.fetching import PageError
 from zramd.device.slices import in_slices, pause
 from zramd.device.work import Work, WorkKind
@@ -17,14 +18,9 @@ from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
-    ENTRY_SIZE_MASK,
-    ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     ENTRY_TAKEN,
     PAGE_SIZE,
     PRIORITIES,
-    PageState,
 )
 
 BUCKET_BYTES = 64
@@ -34,10 +30,6 @@ BATCH = 8
 
 PAGE_TYPES = {"idle": (True, False), "huge": (False, True), "huge_idle": (True, True)}
 """(idle, huge) of each type of page that a recompression may be for."""
-
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
-_IN_MEMORY = {PageState.COMPRESSED << ENTRY_STATE_SHIFT, _HUGE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +65,6 @@ class Outcome:
     def saved(self) -> int:
         """Bytes by which objects became smaller."""
         return self.bytes_before - self.bytes_after
-
-
-def size_of(entry: int) -> int:
-    """Return the bytes of an entry's object."""
-    return entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
 
 
 class Recompressor:
@@ -144,13 +131,13 @@ class Recompressor:
             yield
 
     def _is_candidate(self, entry: int) -> bool:
-        state = entry & _STATE
+        state = entry & STATE_MASK
         return (
-            state in _IN_MEMORY
+            state in IN_MEMORY
             and not entry & ENTRY_INCOMPRESSIBLE
             and codec_number(entry) % PRIORITIES < max(self._codecs, default=0)
             and (not self._order.idle or bool(entry & ENTRY_IDLE))
-            and (not self._order.huge or state == _HUGE)
+            and (not self._order.huge or state == HUGE)
         )
 
     def _recompress(self, batch: list[int]) -> bool:
@@ -191,7 +178,7 @@ class Recompressor:
     def _try(self, entry: int, data: bytes) -> tuple[bytes | None, int]:
         """Return a page compressed so that it makes progress, or None; and the priority that was tried last."""
         device, threshold = self._device, self._order.threshold
-        self._page[:] = data if entry & _STATE == _HUGE else self._decompressors.page(entry, data)
+        self._page[:] = data if entry & STATE_MASK == HUGE else self._decompressors.page(entry, data)
         tried = 0
         for priority in sorted(self._codecs):
             if priority <= codec_number(entry) % PRIORITIES:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from xxhash import xxh3_128
 
 from zramd.device.algorithms import codec_number
+from zramd.device.entry import size_of
 from zramd.device.image import WHOLE_CHECKSUM_BYTES, Chunk, Counts, Header, ImageError, take_part
 from zramd.device.saving import count
 from zramd.device.slices import pause
-from zramd.device.snapshot import data_bytes
 from zramd.device.superblock import Identity
 from zramd.device.work import Work
 from zramd.device.zram import Device
@@ -156,7 +156,7 @@ def _check(chunk: Chunk, device: Device) -> None:
     """Check that a chunk's entries are such as a device has."""
     codecs = device.identity.algorithms.codecs
     for entry, pages in chunk.runs:
-        state, size = entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK, data_bytes(entry)
+        state, size = entry >> ENTRY_STATE_SHIFT & ENTRY_STATE_MASK, size_of(entry)
         if state == PageState.EMPTY:
             fits = not entry
         elif state == PageState.SAME_FILLED:
@@ -168,14 +168,14 @@ def _check(chunk: Chunk, device: Device) -> None:
             fits = state == PageState.COMPRESSED and 0 < size < PAGE_SIZE and codecs[codec_number(entry)] is not None
         if not fits or not pages or entry & ENTRY_RESERVED_MASK:
             raise ImageError(f"an entry among the pages from {chunk.first} on makes no sense: {entry:#x}")
-    if sum(pages * data_bytes(entry) for entry, pages in chunk.runs) != len(chunk.data):
+    if sum(pages * size_of(entry) for entry, pages in chunk.runs) != len(chunk.data):
         raise ImageError(f"the data of the pages from {chunk.first} on are of another length")
 
 
 def _place(chunk: Chunk, device: Device) -> None:
     index, position = chunk.first, 0
     for entry, pages in chunk.runs:
-        size = data_bytes(entry)
+        size = size_of(entry)
         if not entry:
             index += pages
             continue

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 from zramd.device.algorithms import Decompressors
 from zramd.device.codecs import CodecError
+from zramd.device.entry import HUGE, IN_MEMORY, STATE_MASK
 from zramd.device.fetching import PageError
 from zramd.device.slices import in_slices, pause
 from zramd.device.work import Work
 from zramd.device.zram import Device
-from zramd.layout import ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PAGE_SIZE, PageState
+from zramd.layout import PAGE_SIZE
 
 MOST_PAGES = 8192
 """In a sample: 32 MiB."""
 BATCH = 8
 """Pages that are copied under one hold of the lock."""
-
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
-_IN_MEMORY = {PageState.COMPRESSED << ENTRY_STATE_SHIFT, _HUGE}
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ def _choose(
     draw, seen = generator.random, 0
     for first, entries in device.chunks():
         for offset, entry in enumerate(entries):
-            if entry & _STATE in _IN_MEMORY:
+            if entry & STATE_MASK in IN_MEMORY:
                 seen += 1
                 if len(chosen) < count:
                     chosen.append(first + offset)
@@ -78,10 +75,10 @@ def _copy(device: Device, indexes: list[int], decompressors: Decompressors, page
             decompressors.refresh(device.generation)
             for index in [] if device.retired else indexes:
                 entry = device.entry(index)
-                if entry & _STATE in _IN_MEMORY:
+                if entry & STATE_MASK in IN_MEMORY:
                     copies.append((index, entry, device.stored(entry).tobytes()))
         for index, entry, data in copies:  # noqa: B007 (for the error)
-            pages.append(data if entry & _STATE == _HUGE else decompressors.page(entry, data))
+            pages.append(data if entry & STATE_MASK == HUGE else decompressors.page(entry, data))
     except CodecError as error:
         raise PageError(f"page {index} is damaged: {error}") from error
     assert all(len(page) == PAGE_SIZE for page in pages)  # noqa: S101 (a codec gives whole pages)

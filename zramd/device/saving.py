@@ -10,8 +10,9 @@ from contextlib import suppress
 
 from xxhash import xxh3_128
 
+from zramd.device.entry import size_of
 from zramd.device.image import Counts, Header, pack_chunk, pack_header, pack_trailer
-from zramd.device.snapshot import Snapshot, data_bytes
+from zramd.device.snapshot import Snapshot
 from zramd.device.work import Work
 from zramd.device.zram import Device
 from zramd.layout import ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, PageState
@@ -145,5 +146,5 @@ def count(counts: Counts, runs: list[tuple[int, int]]) -> None:
         if state == PageState.SAME_FILLED:
             counts.same += pages
         else:
-            counts.bytes += pages * data_bytes(entry)
+            counts.bytes += pages * size_of(entry)
             counts.huge += pages * (state == PageState.HUGE)

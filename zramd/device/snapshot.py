@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from zramd.backing import DamagedObjectError
 from zramd.device.codecs import CodecError
+from zramd.device.entry import COMPRESSED, HUGE, IN_MEMORY, SAME_FILLED, STATE_MASK, WRITTEN_BACK, size_of
 from zramd.device.fetching import PageError
 from zramd.device.slices import pause
 from zramd.layout import (
@@ -23,16 +24,12 @@ from zramd.layout import (
     ENTRY_HANDLE_MASK,
     ENTRY_HAS_ELEMENT,
     ENTRY_LASTING_MASK,
-    ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     NOBODY,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
     WORD,
     DeviceRecord,
-    PageState,
 )
 from zramd.memory import NoMemoryError, populate, private_memory
 
@@ -48,20 +45,10 @@ MEMORY_SHARE = 4
 """The store takes at most this part (one in so many) of the memory that is available when the snapshot is taken."""
 
 _FROM, _USED, _READY = DeviceRecord.SNAPSHOT_FROM, DeviceRecord.SNAPSHOT_USED, DeviceRecord.SNAPSHOT_READY
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
-_COMPRESSED, _HUGE = (state << ENTRY_STATE_SHIFT for state in (PageState.COMPRESSED, PageState.HUGE))
-_IN_MEMORY = {_COMPRESSED, _HUGE}
 
 
 class SnapshotLostError(Exception):
     """The snapshot cannot be read to its end: the text says why."""
-
-
-def data_bytes(entry: int) -> int:
-    """Return the bytes that are stored for a page, by its entry in a snapshot."""
-    return entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
 
 
 @dataclass(slots=True)
@@ -109,13 +96,13 @@ class Copies:
         data: bytes | memoryview
         for index in range(first, end):
             word = self.copied[index]
-            if word & _STATE == _WRITTEN_BACK:
+            if word & STATE_MASK == WRITTEN_BACK:
                 entry, checksum, data = word & ~COPIED, 0, b""
             elif word:
                 entry = word & ENTRY_LASTING_MASK
                 start = (word & ENTRY_HANDLE_MASK) * WORD
                 checksum = int.from_bytes(self.store[start : start + WORD], "little")
-                data = self.store[start + WORD : start + WORD + data_bytes(entry)]
+                data = self.store[start + WORD : start + WORD + size_of(entry)]
             else:
                 entry, checksum, data = _look(device, index)
             if checksum and xxh3_64_intdigest(data) != checksum:
@@ -129,14 +116,14 @@ class Copies:
 def _look(device: "Pages", index: int) -> tuple[int, int, bytes | memoryview]:
     """Return the entry of a page as a snapshot has it, the checksum of its data if it has one, and the data."""
     entry = device.entry(index)
-    state = entry & _STATE
+    state = entry & STATE_MASK
     lasting = entry & ENTRY_LASTING_MASK
-    if state in _IN_MEMORY:
+    if state in IN_MEMORY:
         handle = entry & ENTRY_HANDLE_MASK
-        return lasting, device.checksum(handle), device.pool.map(handle, data_bytes(entry))
-    if state == _SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
+        return lasting, device.checksum(handle), device.pool.map(handle, size_of(entry))
+    if state == SAME_FILLED and entry & ENTRY_HAS_ELEMENT:
         return lasting | WORD << ENTRY_SIZE_SHIFT, 0, device.element(index).to_bytes(WORD, "little")
-    if state == _WRITTEN_BACK:
+    if state == WRITTEN_BACK:
         return lasting | entry & ENTRY_HANDLE_MASK, 0, b""
     return lasting, 0, b""
 
@@ -242,7 +229,7 @@ class Snapshot:
                 )
             words, view = device.read_snapshot(first, end)
         entries, data = list(words), bytes(view)
-        if any(entry & _STATE == _WRITTEN_BACK for entry in entries):
+        if any(entry & STATE_MASK == WRITTEN_BACK for entry in entries):
             return self._fetch(first, entries, data)
         return entries, data
 
@@ -250,17 +237,17 @@ class Snapshot:
         """Return entries and data with those of written-back pages, as if they were in memory."""
         backing = self._device.backing
         wanted = (
-            (entry & ENTRY_HANDLE_MASK, index, data_bytes(entry))
+            (entry & ENTRY_HANDLE_MASK, index, size_of(entry))
             for index, entry in enumerate(entries, first)
-            if entry & _STATE == _WRITTEN_BACK
+            if entry & STATE_MASK == WRITTEN_BACK
         )
         together = backing.read_together(wanted) if backing else {}
         whole: list[int] = []
         parts: list[bytes] = []
         position = 0
         for index, entry in enumerate(entries, first):
-            length = data_bytes(entry)
-            if entry & _STATE == _WRITTEN_BACK:
+            length = size_of(entry)
+            if entry & STATE_MASK == WRITTEN_BACK:
                 if backing is None:
                     raise PageError(f"page {index} is on the backing store, which is missing")
                 try:
@@ -269,8 +256,8 @@ class Snapshot:
                     raise PageError(f"page {index} cannot be read from the backing store: {error.strerror}") from error
                 except DamagedObjectError as error:
                     raise PageError(f"page {index} is damaged on the backing store: {error}") from error
-                state = _HUGE if length == PAGE_SIZE else _COMPRESSED
-                whole.append(entry & ENTRY_LASTING_MASK & ~_STATE | state)
+                state = HUGE if length == PAGE_SIZE else COMPRESSED
+                whole.append(entry & ENTRY_LASTING_MASK & ~STATE_MASK | state)
             else:
                 whole.append(entry)
                 parts.append(data[position : position + length])

@@ -16,6 +16,7 @@ from zramd.device.counters import (
     RequestStat,
     WritebackSettings,
 )
+from zramd.device.entry import COMPRESSED, HUGE, SAME_FILLED, STATE_MASK, WRITTEN_BACK
 from zramd.device.snapshot import Copies
 from zramd.device.states import Run, state_runs
 from zramd.device.superblock import Identity, StateError
@@ -26,27 +27,18 @@ from zramd.layout import (
     ENTRY_RESERVED_MASK,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     ENTRY_TAKEN,
     NOBODY,
     PAGE_SHIFT,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
     DeviceRecord,
-    PageState,
     Superblock,
 )
 from zramd.memory import Region, SparseTable, record
 from zramd.zsmalloc import MAX_LOST, DamagedError, Pool, recover
 from zramd.zsmalloc.stats import ClassStat, class_stats
 
-# The states as they stand in an entry, as plain integers: an enum costs more than the rest of the comparison.
-_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
-_COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
-_HUGE_STATE = PageState.HUGE << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
 _PAGES_STORED, _COMPR_DATA_SIZE, _SAME_PAGES, _HUGE_PAGES, _NOTED_PAGES, *_ = map(int, DeviceRecord)
 _SNAPSHOT_FROM = int(DeviceRecord.SNAPSHOT_FROM)
 _GENERATION, _CODEC_PAGES = int(DeviceRecord.GENERATION), int(DeviceRecord.CODEC_PAGES)
@@ -295,24 +287,24 @@ class DeviceState:
     def _scan(self) -> Iterator[tuple[int, int]]:
         """Check and count every entry, and yield (handle, length) of those that hold an object."""
         for index, entry in self.entries():
-            state = entry & _STATE_MASK
+            state = entry & STATE_MASK
             length = entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK
             if entry & _NEVER_SET:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
             if entry & ENTRY_TAKEN:
                 self._table.words[index] = entry & ~ENTRY_TAKEN
             self.record[_PAGES_STORED] += 1
-            if state == _SAME_FILLED:
+            if state == SAME_FILLED:
                 if length or not self._has_pattern(index, entry & ENTRY_HANDLE_MASK):
                     raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
                 self.record[_SAME_PAGES] += 1
                 continue
-            if state == _WRITTEN_BACK:
+            if state == WRITTEN_BACK:
                 self.record[_BACKED_PAGES] += 1
-            if state in (_HUGE_STATE, _WRITTEN_BACK) and length == PAGE_SIZE:
-                self.record[_HUGE_PAGES] += state == _HUGE_STATE
+            if state in (HUGE, WRITTEN_BACK) and length == PAGE_SIZE:
+                self.record[_HUGE_PAGES] += state == HUGE
             elif (
-                state not in (_COMPRESSED, _WRITTEN_BACK)
+                state not in (COMPRESSED, WRITTEN_BACK)
                 # Recompression may leave an object that has a whole page for lack of room for its header (Linux 6.18).
                 or not 0 < length < PAGE_SIZE
                 or self.identity.algorithms.codecs[codec_number(entry)] is None
@@ -320,7 +312,7 @@ class DeviceState:
                 raise StateError(f"the regions are damaged: the entry of page {index} is {entry:#x}")
             else:
                 self.record[_CODEC_PAGES + codec_number(entry)] += 1
-            if state == _WRITTEN_BACK:
+            if state == WRITTEN_BACK:
                 continue
             self.record[_COMPR_DATA_SIZE] += length
             yield entry & ENTRY_HANDLE_MASK, length

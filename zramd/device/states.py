@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from itertools import groupby
 
-from zramd.layout import ENTRY_HAS_ELEMENT, ENTRY_STATE_MASK, ENTRY_STATE_SHIFT, TABLE_CHUNK_SHIFT, PageState
+from zramd.device.entry import SAME_FILLED, STATE_MASK
+from zramd.layout import ENTRY_HAS_ELEMENT, ENTRY_STATE_SHIFT, TABLE_CHUNK_SHIFT, PageState
 from zramd.memory import SparseTable
 
 MAX_SCANNED = 2048
@@ -15,8 +16,6 @@ What was never written to costs nothing.
 Run = tuple[int, PageState, bool]
 """(pages, their state, whether they are zeros)"""
 
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_SAME_FILLED = PageState.SAME_FILLED << ENTRY_STATE_SHIFT
 _STATES = tuple(PageState)  # to call an enum costs more than the rest of the loop
 
 
@@ -41,9 +40,9 @@ def state_runs(table: SparseTable, first: int, end: int) -> Iterator[Run]:
 
 def _runs(entries: list[int]) -> Iterator[Run]:
     position = 0
-    for bits, run in groupby(map(_STATE.__and__, entries)):
+    for bits, run in groupby(map(STATE_MASK.__and__, entries)):
         pages = sum(1 for _ in run)
-        if bits == _SAME_FILLED:
+        if bits == SAME_FILLED:
             alike = map(ENTRY_HAS_ELEMENT.__and__, entries[position : position + pages])
             for has_element, part in groupby(alike):
                 yield sum(1 for _ in part), PageState.SAME_FILLED, not has_element

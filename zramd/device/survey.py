@@ -6,24 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zramd.device.algorithms import codec_number
+from zramd.device.entry import COMPRESSED, HUGE, STATE_MASK
 from zramd.device.work import Work
 from zramd.layout import (
     ENTRY_INCOMPRESSIBLE,
     ENTRY_SIZE_MASK,
     ENTRY_SIZE_SHIFT,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     PAGE_SHIFT,
     PRIORITIES,
-    PageState,
 )
 
 if TYPE_CHECKING:
     from zramd.device.zram import Device
-
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_COMPRESSED = PageState.COMPRESSED << ENTRY_STATE_SHIFT
-_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
 
 
 @dataclass(slots=True)
@@ -61,8 +55,8 @@ def take_survey(
     work.total = device.disksize >> PAGE_SHIFT
     for first, entries in device.chunks():
         for entry, time in zip(entries, device.access_times(first, len(entries)), strict=True):
-            state = entry & _STATE
-            if state != _COMPRESSED and state != _HUGE:
+            state = entry & STATE_MASK
+            if state != COMPRESSED and state != HUGE:
                 continue
             found.objects += 1
             older = counts[bisect_right(ascending, now - time)]
@@ -73,7 +67,7 @@ def take_survey(
                 and entry >> ENTRY_SIZE_SHIFT & ENTRY_SIZE_MASK >= threshold
             ):
                 older[1] += 1
-                if state == _HUGE:
+                if state == HUGE:
                     older[2] += 1
                     found.huge += 1
         work.done = first + len(entries)

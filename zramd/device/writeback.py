@@ -16,27 +16,21 @@ from enum import Enum
 from zramd.backing import FullError, Store
 from zramd.device.cleaning import clean, reclaim
 from zramd.device.codecs import CodecError
+from zramd.device.entry import HUGE, IN_MEMORY, STATE_MASK, size_of
 from zramd.device.fetching import PageError
-from zramd.device.recompression import BUCKET_BYTES, size_of
+from zramd.device.recompression import BUCKET_BYTES
 from zramd.device.slices import in_slices, pause
 from zramd.device.work import Work, WorkKind
 from zramd.device.zram import Device
 from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     ENTRY_TAKEN,
     PAGE_SIZE,
-    PageState,
 )
 
 MAX_BATCH = 64
 """Pages that are taken or published in a fraction of a millisecond."""
-
-_STATE = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_HUGE = PageState.HUGE << ENTRY_STATE_SHIFT
-_IN_MEMORY = {PageState.COMPRESSED << ENTRY_STATE_SHIFT, _HUGE}
 
 
 class WritebackType(Enum):
@@ -50,11 +44,11 @@ class WritebackType(Enum):
 
     def matches(self, entry: int) -> bool:
         """Say whether a page with this entry is that, and has an object in memory."""
-        if entry & _STATE not in _IN_MEMORY:
+        if entry & STATE_MASK not in IN_MEMORY:
             return False
         if self is WritebackType.INCOMPRESSIBLE:
             return bool(entry & ENTRY_INCOMPRESSIBLE)
-        if self in (WritebackType.HUGE, WritebackType.HUGE_IDLE) and entry & _STATE != _HUGE:
+        if self in (WritebackType.HUGE, WritebackType.HUGE_IDLE) and entry & STATE_MASK != HUGE:
             return False
         return self not in (WritebackType.IDLE, WritebackType.HUGE_IDLE) or bool(entry & ENTRY_IDLE)
 

@@ -7,19 +7,17 @@ Compression is the one expensive step that needs no lock; a `Stream` does it bef
 from collections.abc import Iterator
 from functools import cached_property
 
+from zramd.device.entry import STATE_MASK, WRITTEN_BACK
 from zramd.device.fetching import NOTHING_FETCHED, Fetched, NotInMemoryError, PageError
 from zramd.device.pages import NoSpaceError, Pages
 from zramd.device.slices import in_slices
 from zramd.device.stream import Prepared, Stream, whole_pages
 from zramd.device.work import Work, WorkKind
 from zramd.layout import (
-    ENTRY_STATE_MASK,
-    ENTRY_STATE_SHIFT,
     PAGE_SHIFT,
     PAGE_SIZE,
     TABLE_CHUNK_SHIFT,
     DeviceRecord,
-    PageState,
     Superblock,
 )
 from zramd.memory import NoMemoryError
@@ -27,8 +25,6 @@ from zramd.zsmalloc import compact
 
 _PAGE_MASK = PAGE_SIZE - 1
 
-_STATE_MASK = ENTRY_STATE_MASK << ENTRY_STATE_SHIFT
-_WRITTEN_BACK = PageState.WRITTEN_BACK << ENTRY_STATE_SHIFT
 _PAGES_STORED, _GENERATION = int(DeviceRecord.PAGES_STORED), int(DeviceRecord.GENERATION)
 _SNAPSHOT_FROM = int(DeviceRecord.SNAPSHOT_FROM)
 _READS, _READ_SECTORS = int(Superblock.READS), int(Superblock.READ_SECTORS)
@@ -123,7 +119,7 @@ class Device(Pages):
         missing = [
             index
             for index in pages
-            if self.entry(index) & _STATE_MASK == _WRITTEN_BACK
+            if self.entry(index) & STATE_MASK == WRITTEN_BACK
             and not (index in fetched and fetched[index].is_still(self, index))
         ]
         if missing:
