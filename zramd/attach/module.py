@@ -5,10 +5,6 @@ from pathlib import Path
 from zramd.attach.attachment import AttachError, MissingToolError, find_tool, run_tool
 
 
-class NoNbdError(AttachError):
-    """The kernel has no NBD client."""
-
-
 def has_nbd() -> bool:
     """Say whether the kernel has an NBD client, loaded or as a module that can be loaded."""
     if Path("/sys/module/nbd").exists():
@@ -24,13 +20,13 @@ def load_nbd() -> None:
     """Load the kernel's NBD client, unless it is there.
 
     Raises:
-        NoNbdError: there is none.
+        AttachError: there is none, or nothing that could load it.
     """
     if Path("/sys/module/nbd").exists():
         return
     try:
         run_tool([find_tool("modprobe", "kmod"), "nbd"])
-    except MissingToolError:
-        raise
+    except MissingToolError as error:
+        raise AttachError(f"the kernel has no NBD client, and {error}; or attach with --fuse") from error
     except AttachError as error:
-        raise NoNbdError("the kernel has no NBD client, and no module nbd that has it: attach with --fuse") from error
+        raise AttachError("the kernel has no NBD client, and no module nbd that has it: attach with --fuse") from error

@@ -52,7 +52,7 @@ def do_work(path: Path, request: str, kind: str, descriptor: int | None = None) 
     asking = _Asking(path, request, descriptor)
     shown = sys.stderr.isatty()
     cancelled = False
-    with _interrupts() as interrupts:
+    with noted_interrupts() as interrupts:
         asking.start()
         while not asking.ended.wait(LOOK_SECONDS):
             if len(interrupts) > 1:
@@ -73,7 +73,7 @@ def do_work(path: Path, request: str, kind: str, descriptor: int | None = None) 
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def noted_interrupts() -> Iterator[list[int]]:
     """Yield a list that gets longer with each Ctrl-C. An exception could come where nobody is ready for it."""
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))

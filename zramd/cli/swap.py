@@ -12,10 +12,10 @@ from zramd.attach.kernel import attached_nbd_devices
 from zramd.attach.loop import attached_loop_devices
 from zramd.attach.swaps import read_swaps
 from zramd.cli.attach import DEVICE, attached_device
+from zramd.cli.progress import LOOK_SECONDS, noted_interrupts, show
 from zramd.cli.use import find_use, use_options
 from zramd.sizes import format_size
 
-PROGRESS_SECONDS = 0.2
 MAX_PRIORITY = 32767
 
 
@@ -79,16 +79,17 @@ def swapoff(device: Path | None) -> None:
         chosen = device or _swapped_device()
         if _bytes_left(chosen) is None:
             raise AttachError(f"{chosen} is not swapped to")
-        # A session of its own: Ctrl-C is for this process, which passes it on.
-        child = subprocess.Popen(
-            [find_tool("swapoff", "mount"), chosen],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        errors = _wait(child, chosen)
+        with noted_interrupts() as interrupts:
+            # A session of its own: Ctrl-C is for this process, which passes it on.
+            child = subprocess.Popen(
+                [find_tool("swapoff", "mount"), chosen],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            errors = _wait(child, chosen, interrupts)
         if child.returncode:
             left = _bytes_left(chosen)
             still = "" if left is None else f"; {format_size(left)} are left on {chosen}, which is swapped to as before"
@@ -114,22 +115,18 @@ def _bytes_left(device: Path) -> int | None:
     return next((swap.used for swap in read_swaps() if swap.path == str(device)), None)
 
 
-def _wait(child: subprocess.Popen[str], device: Path) -> str:
+def _wait(child: subprocess.Popen[str], device: Path, interrupts: list[int]) -> str:
     """Wait for swapoff, show what is left, and stop it if asked to. Return why it failed, if it did."""
     shows = sys.stderr.isatty()
-    stopped = False
     while True:
         try:
-            _, errors = child.communicate(timeout=PROGRESS_SECONDS if shows else None)
+            _, errors = child.communicate(timeout=LOOK_SECONDS)
             break
         except subprocess.TimeoutExpired:
-            left = _bytes_left(device)
-            if left is not None:
-                click.echo(f"\r{format_size(left):>8} left ", nl=False, err=True)
-        except KeyboardInterrupt:
-            # It ends in the middle of its system call, which leaves the rest where it was.
-            stopped = True
-            child.terminate()
+            if interrupts:
+                child.terminate()  # it ends in the middle of its system call, which leaves the rest where it was
+            if shows and (left := _bytes_left(device)) is not None:
+                show(f"{format_size(left):>8} left ")
     if shows:
-        click.echo("\r\x1b[K", nl=False, err=True)
-    return "swapoff was stopped" if stopped else f"swapoff failed: {last_line(errors)}"
+        show("")
+    return "swapoff was stopped" if interrupts else f"swapoff failed: {last_line(errors)}"
