@@ -1,10 +1,13 @@
 """Sizes as people write them, as the kernel reads them, and as zramctl prints them."""
 
+import errno
 import re
 from decimal import Decimal
 
 _HUMAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(iB|B)?\s*", re.ASCII | re.IGNORECASE)
-_KERNEL = re.compile(r"\s*(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([KMGTPEkmgtpe]?)")
+_C_NUMBER = "0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*"
+_KERNEL = re.compile(rf"\s*({_C_NUMBER})([KMGTPEkmgtpe]?)")
+_UNSIGNED = {base: re.compile(rf"\+?({digits})\n?", re.ASCII) for base, digits in ((10, "[0-9]+"), (0, _C_NUMBER))}
 MAX_SIZE = (1 << 63) - 1
 """Of anything: what the protocol and the kernel can count in signed 64 bits."""
 _EXPONENTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
@@ -43,9 +46,27 @@ def memparse(text: str) -> int:
     match = _KERNEL.match(text)
     if match is None:
         raise ValueError(f"{text!r} does not start with a number")
-    digits = match[1]
-    base = 16 if digits[:2] in ("0x", "0X") else 8 if digits.startswith("0") else 10
-    return _check_range(int(digits, base) << _EXPONENTS[match[2].upper()], text)
+    return _check_range(_c_number(match[1]) << _EXPONENTS[match[2].upper()], text)
+
+
+def _c_number(digits: str) -> int:
+    return int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits.startswith("0") else 10)
+
+
+def parse_unsigned(text: str, what: str, most: int = (1 << 64) - 1, base: int = 10) -> int:
+    """Return the number that `text` is to the kernel's kstrtoull: decimal; with base 0, hex and octal by C prefix too.
+
+    Raises:
+        ValueError: it is none; the text says of `what`.
+        OSError: ERANGE, it is more than `most`.
+    """
+    match = _UNSIGNED[base].fullmatch(text)
+    if match is None:
+        raise ValueError(f"{what} takes a {'number' if base == 0 else 'decimal number'}, not {text!r}")
+    number = int(match[1]) if base else _c_number(match[1])
+    if number > most:
+        raise OSError(errno.ERANGE, f"{what} takes at most {most}, not {number}")
+    return number
 
 
 def _check_range(size: int, text: str) -> int:

@@ -204,6 +204,7 @@ def test_parameters_replace_one_another(words: Words) -> None:
     )
     words.refuses("algorithm_params=level", "EINVAL")
     words.refuses("algorithm_params=level=high", "EINVAL")
+    words.refuses("algorithm_params=level=0x3", "EINVAL")
     words.refuses("algorithm_params=level=23", "EINVAL")
     words.refuses("algorithm_params=algo=lz4 level=3", "EINVAL")
     words.refuses("algorithm_params=priority=1 level=3", "EINVAL")

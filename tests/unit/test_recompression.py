@@ -207,20 +207,35 @@ def test_what_recompress_and_idle_refuse(words: Words) -> None:
     words.set("disksize", "1M")
     words.refuses("recompress", "type=huge", "EINVAL")  # with what?
     words.set("recomp_algorithm", "algo=zstd")
-    for value in ("type=", "type=cold", "threshold=4096", "threshold=x", "algo=lz4hc", "priority=2", "max_pages=-"):
+    for value in (
+        "type=",
+        "type=cold",
+        "threshold=4096",
+        "threshold=x",
+        "algo=lz4hc",
+        "priority=2",
+        "max_pages=-",
+        "max_pages=-1",
+        "max_pages=0x10",
+    ):
         words.refuses("recompress", value, "EINVAL")
-    for value in ("all of it", "x", "-1", ""):
+    for value in ("all of it", "x", "-1", "1_0", "0b1", ""):
         words.refuses("idle", value, "EINVAL")
-    for value in ("all", "0", "100", "0x10"):
+    for value in ("all", "0", "010", "0x10"):
         words.set("idle", value)
     for value in (
         "type=idle",
         "type=huge_idle threshold=100 max_pages=5",
         "priority=0",
         "algo=zstd",
+        "max_pages=010",
         "future=1 type=huge",
     ):
         words.set("recompress", value)
+    # The priority is where the kernel begins to look for the name.
+    words.refuses("recompress", "algo=zstd priority=2", "EINVAL")
+    words.set("recomp_algorithm", "algo=zstd priority=3")
+    assert control.parse_recompression(words.disk, "priority=2 algo=zstd").priority == 3
 
 
 def test_the_algorithm_changes_under_pages_that_keep_theirs(words: Words) -> None:

@@ -604,11 +604,19 @@ def test_what_writeback_refuses_and_in_which_order(words: Words, medium: Path) -
     words.set("disksize", "1M")
     words.refuses("writeback", "nonsense", "ENODEV")
     words.set("backing_dev", str(medium))
-    for value in ("nonsense", "type=", "type=cold", "page_index=x", "page_indexes=5", "page_indexes=a-b"):
+    for value in (
+        "nonsense",
+        "type=",
+        "type=cold",
+        "page_index=x",
+        "page_index=0x10",
+        "page_indexes=5",
+        "page_indexes=a-b",
+    ):
         words.refuses("writeback", value, "EINVAL")
     for value in ("page_index=256", "page_indexes=0-256", "page_indexes=7-6"):
         words.refuses("writeback", value, "ERANGE")
-    for value in ("idle", "huge", "huge_idle", "incompressible", "type=idle", "page_index=0x10", "future=1"):
+    for value in ("idle", "huge", "huge_idle", "incompressible", "type=idle", "page_index=010", "future=1"):
         words.set("writeback", value)
 
 
@@ -616,7 +624,7 @@ def test_ranges_and_types() -> None:
     kind = WritebackType
     everything = Selection(kind.IDLE, 0, 99)
     assert parse_selections("idle", 100) == parse_selections("type=idle page_index=x", 100) == [everything]
-    assert parse_selections("page_index=3 page_indexes=5-0x9", 100) == [
+    assert parse_selections("page_index=03 page_indexes=5-09", 100) == [
         Selection(kind.ANY, 3, 3),
         Selection(kind.ANY, 5, 9),
     ]

@@ -266,10 +266,9 @@ def parse_parameters(words: dict[str, str]) -> Parameters:
     """
     level = None
     if "level" in words:
-        try:
-            level = int(words["level"], 0)
-        except ValueError:
-            raise ValueError(f"level={words['level']} is not a number") from None
+        if not re.fullmatch("[+-]?[0-9]+", words["level"], re.ASCII):
+            raise ValueError(f"level={words['level']} is not a number")
+        level = int(words["level"])
     return Parameters(level, _read_dictionary(words["dict"]) if "dict" in words else b"")
 
 

@@ -5,7 +5,6 @@ parameters may be changed at any time, since a page keeps what it was compressed
 """
 
 import errno
-import re
 from collections.abc import Callable
 from datetime import datetime
 
@@ -18,7 +17,7 @@ from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
 from zramd.layout import PAGE_SIZE, PRIORITIES
 from zramd.memory import NoMemoryError, RegionError
-from zramd.sizes import format_size, memparse
+from zramd.sizes import format_size, memparse, parse_unsigned
 from zramd.status import trials, writeback
 from zramd.status.attributes import NAMES, AttributeRefusedError, Served
 from zramd.status.caller import Caller
@@ -30,19 +29,9 @@ MAX_ALGORITHM = 128
 POLICY = ("explain", "on", "dry-run", "off")
 MAX_RESET = (1 << 16) - 1
 
-_INTEGER = re.compile(r"\+?([0-9]+)\n?", re.ASCII)
-
-
-def _integer(value: str) -> int:
-    """Return a decimal number, as kstrtoul reads it."""
-    match = _INTEGER.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value!r} is not a decimal number")
-    return int(match[1])
-
 
 def _set_mem_used_max(disk: Disk, value: str) -> None:
-    if _integer(value) != 0:
+    if parse_unsigned(value, "mem_used_max") != 0:
         raise ValueError("mem_used_max takes only 0, which resets it to the current use")
     disk.reset_mem_used_max()
 
@@ -87,20 +76,13 @@ def _priority(words: dict[str, str], lowest: int, default: int) -> int:
 
 
 def _number(words: dict[str, str], key: str) -> int | None:
-    """Return the value of a key, as kstrtouint with base 0 reads it, or None if it is not there."""
-    if key not in words:
-        return None
-    try:
-        return int(words[key], 0)
-    except ValueError:
-        raise ValueError(f"{key}={words[key]} is not a number") from None
+    """Return the value of a key, or None if it is not there."""
+    return parse_unsigned(words[key], key) if key in words else None
 
 
 def _mark_idle(disk: Disk, value: str) -> str:
     text = value.strip()
-    if text != "all" and not re.fullmatch(r"[0-9]\w*", text):
-        raise ValueError("idle takes `all`, or the seconds for which a page was not touched")
-    pages = disk.mark_idle(None if text == "all" else _number({"idle": text}, "idle"))
+    pages = disk.mark_idle(None if text == "all" else parse_unsigned(text, "idle, unless it is `all`,", base=0))
     return f"{pages} pages are idle\n"
 
 
@@ -116,13 +98,13 @@ def parse_recompression(disk: Disk, value: str) -> Recompression:
         raise ValueError(f"type={kind} is not idle, huge or huge_idle")
     idle, huge = PAGE_TYPES[kind] if kind else (False, False)
     priority = _number(words, "priority")
+    if priority == 0:
+        priority = 1  # as the kernel corrects it
     if "algo" in words:
-        named = [number for number in range(1, PRIORITIES) if disk.algorithm(number) == words["algo"]]
+        named = [number for number in range(priority or 1, PRIORITIES) if disk.algorithm(number) == words["algo"]]
         if not named:
             raise ValueError(f"{words['algo']} is no algorithm to recompress with: set recomp_algorithm")
         priority = named[0]
-    elif priority == 0:
-        priority = 1  # as the kernel corrects it
     return Recompression(idle, huge, _number(words, "threshold") or 0, _number(words, "max_pages"), priority)
 
 
@@ -145,12 +127,8 @@ def _cancel(disk: Disk, value: str) -> None:
 
 def _reset(disk: Disk, value: str) -> None:
     force = value == FORCE
-    if not force:
-        number = _integer(value)
-        if number > MAX_RESET:
-            raise OSError(errno.ERANGE, f"{number} is more than {MAX_RESET}")
-        if not number:
-            raise ValueError("reset takes a number that is not 0, or `force` to disconnect the clients first")
+    if not force and not parse_unsigned(value, "reset", MAX_RESET):
+        raise ValueError("reset takes a number that is not 0, or `force` to disconnect the clients first")
     disk.reset(force=force)
 
 

@@ -1,12 +1,12 @@
 """The words for a backing store and for writing pages back to it, by the rules of Linux 6.18's files of these names."""
 
 import errno
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from zramd.device.disk import Disk
 from zramd.device.writeback import Selection, WritebackType
+from zramd.sizes import parse_unsigned
 
 MAX_LIMIT = (1 << 52) - 1
 MAX_BATCH_SIZE = (1 << 32) - 1
@@ -24,19 +24,19 @@ def set_backing_dev(disk: Disk, value: str) -> None:
 
 def set_limit(disk: Disk, value: str) -> None:
     """Set how many pages may be written back."""
-    limit = _unsigned(value, "writeback_limit", MAX_LIMIT)
+    limit = parse_unsigned(value, "writeback_limit", MAX_LIMIT)
     disk.set_writeback(lambda settings: replace(settings, limit=limit))
 
 
 def set_limit_enable(disk: Disk, value: str) -> None:
     """Say whether the limit counts."""
-    limited = _unsigned(value, "writeback_limit_enable", MAX_LIMIT) != 0
+    limited = parse_unsigned(value, "writeback_limit_enable", MAX_LIMIT) != 0
     disk.set_writeback(lambda settings: replace(settings, limited=limited))
 
 
 def set_batch_size(disk: Disk, value: str) -> None:
     """Set how many pages are taken at a time."""
-    size = _unsigned(value, "writeback_batch_size", MAX_BATCH_SIZE)
+    size = parse_unsigned(value, "writeback_batch_size", MAX_BATCH_SIZE)
     if not size:
         raise ValueError("writeback_batch_size is at least 1")
     disk.set_writeback(lambda settings: replace(settings, batch_size=size))
@@ -50,18 +50,6 @@ def set_compressed(_: Disk, value: str) -> None:
         raise ValueError("compressed_writeback takes 1")
     if not wanted:
         raise ValueError("pages are always written back compressed: compressed_writeback cannot be 0")
-
-
-def _unsigned(value: str, name: str, most: int) -> int:
-    text = value.strip()
-    match = re.fullmatch(r"\+?(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
-    if match is None:
-        raise ValueError(f"{name} takes a number, not {text!r}")
-    digits = match[1]
-    number = int(digits, 8) if re.fullmatch("0[0-7]+", digits) else int(digits, 0)
-    if number > most:
-        raise OSError(errno.ERANGE, f"{number} is more than {most}")
-    return number
 
 
 def write_back(disk: Disk, value: str) -> str:
@@ -89,12 +77,12 @@ def parse_selections(value: str, pages: int) -> list[Selection]:
         if not given or key == "type":
             return [*selections, Selection(_type(given or key), first, last)]
         if key == "page_index":
-            first = last = _unsigned(given, key, (1 << 64) - 1)
+            first = last = parse_unsigned(given, key)
         elif key == "page_indexes":
             low, dash, high = given.partition("-")
             if not dash:
                 raise ValueError(f"{word} is not page_indexes=LOW-HIGH")
-            first, last = _unsigned(low, key, (1 << 64) - 1), _unsigned(high, key, (1 << 64) - 1)
+            first, last = parse_unsigned(low, key), parse_unsigned(high, key)
         else:
             continue
         if first > last or last >= pages:
