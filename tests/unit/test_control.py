@@ -263,6 +263,8 @@ def test_a_dictionary_helps_and_is_kept_with_the_disk(words: Words, tmp_path: Pa
     opened = words.disk.open(Wanted())
     assert opened.recovered
     assert read(opened.device, 0, len(data)) == data
+    words.set("reset=1")
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_a_trained_dictionary_works_with_a_level(words: Words, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -109,15 +110,15 @@ def image(disk: Disk) -> bytes:
     return save(disk)
 
 
-@pytest.mark.parametrize("integrity", [False, True])
-def test_a_restored_disk_is_the_one_that_was_saved(integrity: bool) -> None:
+@pytest.mark.parametrize(("integrity", "asked"), [(False, False), (True, False), (False, True)])
+def test_a_restored_disk_is_the_one_that_was_saved(integrity: bool, asked: bool) -> None:
     disk = make_disk(integrity=integrity)
     device = device_of(disk)
     with device:
         entries = {page: entry & ~ENTRY_HANDLE_MASK for page, entry in device.entries()}
     assert {entry & (ENTRY_IDLE | ENTRY_INCOMPRESSIBLE) for entry in entries.values()} >= {0, ENTRY_IDLE}
     image = save(disk)
-    other = Disk("zram1", None)
+    other = Disk("zram1", None, integrity=asked)
     restore(other, image)
     found = device_of(other)
     before, after = disk.mm_stat(), other.mm_stat()
@@ -128,7 +129,7 @@ def test_a_restored_disk_is_the_one_that_was_saved(integrity: bool) -> None:
     with found:
         assert {page: entry & ~ENTRY_HANDLE_MASK for page, entry in found.entries()} == entries
     assert read(found, 0, found.disksize) == read(device, 0, device.disksize)
-    assert found.identity.integrity == integrity
+    assert found.identity.integrity == (integrity or asked)
     assert [other.algorithm(priority) for priority in range(4)] == ["lz4hc", "zstd", None, None]
     made = found.identity.algorithms.codecs
     assert [chosen and chosen.key for chosen in made] == [
@@ -328,10 +329,18 @@ def test_the_memory_limit_holds_for_what_is_restored(disk: Disk, image: bytes) -
 def test_a_restore_that_fails_leaves_nothing_behind(tmp_path: Path, image: bytes) -> None:
     disk = Disk("zram0", tmp_path / "state")
     disk.initialise(1 << 20)
+    disk.set_mem_limit(1 << 30)
+    disk.set_writeback(lambda settings: replace(settings, limit=5))
+    (tmp_path / "store").touch()
+    os.truncate(tmp_path / "store", 4 * SEGMENT)
+    disk.set_backing(tmp_path / "store")
     with pytest.raises(ImageError):
         restore(disk, image[:-1])
     assert disk.opened is None
     assert list((tmp_path / "state").iterdir()) == []
+    # What the next one must not exceed, and where it may write to, is as before.
+    assert (disk.mm_stat().mem_limit, disk.writeback.limit) == (1 << 30, 5)
+    assert disk.backing_path == tmp_path / "store"
     disk.initialise(1 << 20)
     assert disk.mm_stat().orig_data_size == 0
 

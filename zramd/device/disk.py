@@ -189,7 +189,7 @@ class Disk(Life):
             header = take_header(source.take)
             if self._chain_size not in (None, header.chain_size):
                 raise ValueError(f"it was saved with chain size {header.chain_size}: serve the disk with that")
-            identity = identity_for(header, disksize or max(before, header.disksize))
+            identity = identity_for(header, disksize or max(before, header.disksize), integrity=self._integrity)
             # After a reset there is no size, and still the next server is started with the one that this one was.
             first = before or (self._asked if self._asked <= identity.disksize else 0)
             mem_limit, backing, writeback = self.mm_stat().mem_limit, self.backing_path, self.writeback
@@ -197,6 +197,8 @@ class Disk(Life):
                 # Somebody may have written to it before the door was shut.
                 self._require_empty()
                 opened, self.opened = self.opened, None
+                # If this fails, they are for the next one.
+                self._mem_limit, self._backing, self._writeback = mem_limit, backing, writeback
                 if opened:
                     opened.destroy()
                 opened = self._open_device(Wanted(filled=identity, backing=backing))

@@ -417,7 +417,8 @@ class OpenDevice:
             regions = {region.name: region for region in self.regions}
             for name in (_PAGE_TABLE, _SUPERBLOCK):
                 regions[name].punch(0, regions[name].size)
-            for name in (*regions, _NEW_DICTIONARY):
+            # Dictionaries that an earlier process made are not among the open ones.
+            for name in filter(_ANY_REGION.fullmatch, self._store.names()):
                 self._store.remove(name)
             # A store that hangs holds up no reset.
             self._detach(wait=False)

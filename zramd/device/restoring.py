@@ -95,8 +95,8 @@ class Source:
             raise ImageError("there is something behind its end")
 
 
-def identity_for(header: Header, disksize: int) -> Identity:
-    """Return what a device of `disksize` bytes has to be to be filled with an image.
+def identity_for(header: Header, disksize: int, *, integrity: bool = False) -> Identity:
+    """Return what a device of `disksize` bytes has to be to be filled with an image; it may be given checksums.
 
     It has a UUID of its own. Who used the disk that was saved, and wrote to it since, must not take it for that.
 
@@ -110,7 +110,14 @@ def identity_for(header: Header, disksize: int) -> Identity:
         raise ImageError(f"its header makes no sense: {error}") from error
     if not header.disksize <= disksize <= limit:
         raise ImageError(f"the disk can have {header.disksize} to {limit} bytes, not {disksize}")
-    return Identity(disksize, header.algorithms.copy(), header.chain_size, header.rule, uuid.uuid4(), header.integrity)
+    return Identity(
+        disksize,
+        header.algorithms.copy(),
+        header.chain_size,
+        header.rule,
+        uuid.uuid4(),
+        header.integrity or integrity,
+    )
 
 
 def fill(device: Device, header: Header, source: Source, mem_limit: int, work: Work) -> Counts:
