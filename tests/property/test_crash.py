@@ -194,6 +194,16 @@ def test_a_kill_at_any_line_of_a_change_of_algorithm_loses_nothing(tmp_path: Pat
             with opened.device:
                 opened.device.discard(PAGE_SIZE, SIZE - PAGE_SIZE)
             expected = expected[:PAGE_SIZE] + bytes(SIZE - PAGE_SIZE)
+    # Back to one that has pages, at another level.
+    write(opened.device, 0, bytearray(expected[:PAGE_SIZE]))
+    opened.set_algorithm(PRIMARY, codec("lz4"))
+    write(opened.device, PAGE_SIZE, bytearray(expected[:PAGE_SIZE]))
+    expected = expected[:PAGE_SIZE] * 2 + expected[2 * PAGE_SIZE :]
+    with every_state(opened.regions) as states:
+        opened.set_algorithm(PRIMARY, codec("zstd", 9))
+    for state in states:
+        check(state, expected, expected, generator)
+    assert opened.device.codec_pages(opened.device.identity.algorithms.number(PRIMARY)) == 1
     opened.close()
 
 

@@ -285,6 +285,8 @@ class DeviceMachine(RuleBasedStateMachine):
         except CodecInUseError:
             assert algorithms.at(priority) is before
             assert all(self.device.codec_pages(number) for number in (priority, priority + 4))
+            kept = [algorithms.codecs[number] for number in (priority, priority + 4)]
+            assert (made[0], DICTIONARY if dictionary else b"") not in [found.format for found in kept if found]
         else:
             chosen = algorithms.at(priority)
             assert chosen is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.property.test_device import make_data, read, recount, write
+from tests.property.test_device import DICTIONARY, make_data, read, recount, write
 from zramd.device.algorithms import codec_number
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
@@ -142,7 +142,7 @@ def test_a_codec_that_changes_under_a_recompression_is_not_given_the_pages_of_th
     contents = read(device, 0, 1 << 20)
     Recompressor(device, Recompression(max_pages=40, priority=1)).run()
     assert device.codec_pages(1)
-    opened.set_algorithm(1, codec("zstd", 9))
+    opened.set_algorithm(1, codec("zstd", 9, DICTIONARY))
     work = Recompressor(device, Recompression(priority=1))
     # The number 5 has no page yet, while 1 has: the next codec gets it, in the middle of a batch of text.
     monkeypatch.setattr("zramd.device.recompression.pause", lambda: None)
@@ -257,6 +257,16 @@ def test_the_algorithm_changes_under_pages_that_keep_theirs(words: Words) -> Non
     write(device, 0, bytearray(contents[:PAGE_SIZE]))
     assert len({codec_number(entry) for entry in entries(device).values()}) == 2
     words.refuses("comp_algorithm", "lz4hc", "EBUSY")
+    assert read(device, 0, len(contents)) == contents
+    # One that pages have already, and any level of it, needs no room of its own.
+    words.set("comp_algorithm", "zstd")
+    words.set("algorithm_params", "level=-5")
+    write(device, PAGE_SIZE, bytearray(contents[PAGE_SIZE : 2 * PAGE_SIZE]))
+    assert (
+        device.identity.algorithms.primary.level,
+        len({codec_number(entry) for entry in entries(device).values()}),
+    ) == (-5, 2)
+    words.set("comp_algorithm", "lz4")
     assert read(device, 0, len(contents)) == contents
 
 

@@ -739,8 +739,8 @@ def test_what_was_compressed_before_the_algorithm_changed_is_compressed_anew(
     def parse_and_change(self: Transmission) -> object:
         parsed = parse(self)
         # No page has a codec yet: the second change gives the number of the first codec to another.
-        for level in (1, 3):
-            opened.set_algorithm(0, codec("zstd", level))
+        for name in ("lz4hc", "zstd"):
+            opened.set_algorithm(0, codec(name))
         return parsed
 
     monkeypatch.setattr(Transmission, "_parse", parse_and_change)

@@ -4,7 +4,8 @@ There is one for each of the kernel's four priorities, 0 for what is written and
 of earlier times that pages still have.
 
 A page is stored with the number of its codec. So any priority's codec can be changed while the device is used: new
-pages get the new one, under the other of the priority's two numbers, provided that no page has that any more.
+pages get the new one, under the other of the priority's two numbers, provided that no page has that any more. A number
+whose codec differs in nothing but the level is kept: its pages are decompressed as before.
 """
 
 import hashlib
@@ -148,13 +149,18 @@ def store_codec(words: memoryview, number: int, chosen: Codec | None) -> None:
     words[start : start + CODEC_WORDS] = memoryview(bytes(CODEC_WORDS * WORD)).cast("Q")
     if chosen is None:
         return
-    words[start + CODEC_LEVEL] = chosen.level + CODEC_LEVEL_BIAS
+    store_level(words, number, chosen.level)
     if chosen.dictionary:
         words[start + CODEC_DICTIONARY_BYTES] = len(chosen.dictionary)
         at = start + CODEC_DICTIONARY_HASH
         words[at : at + CODEC_HASH_WORDS] = memoryview(_hash(chosen.dictionary)).cast("Q")
     name = chosen.name.encode().ljust(CODEC_NAME_WORDS * WORD, b"\0")
     words[start : start + CODEC_NAME_WORDS] = memoryview(name).cast("Q")
+
+
+def store_level(words: memoryview, number: int, level: int) -> None:
+    """Write the level of a codec, which pages may have. It is one word."""
+    words[Superblock.CODECS + number * CODEC_WORDS + CODEC_LEVEL] = level + CODEC_LEVEL_BIAS
 
 
 def _hash(dictionary: bytes) -> bytes:

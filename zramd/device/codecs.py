@@ -49,6 +49,11 @@ class Codec:
         """What makes two codecs the same."""
         return self.name, self.level, self.dictionary
 
+    @property
+    def format(self) -> tuple[str, bytes]:
+        """What a page is decompressed by: the level says nothing about it."""
+        return self.name, self.dictionary
+
 
 @functools.cache
 def _one_shot() -> Callable[..., int] | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zramd.backing import DamagedObjectError, Store
-from zramd.device.algorithms import PRIMARY, store_codec
+from zramd.device.algorithms import PRIMARY, store_codec, store_level
 from zramd.device.backing_dev import find_store, forget_store, load_path, make_store
 from zramd.device.cleaning import Reclaimer
 from zramd.device.codecs import Codec
@@ -194,7 +194,7 @@ class OpenDevice:
     def set_algorithm(self, priority: int, chosen: Codec | None) -> None:
         """Let a priority have a codec from now on, or (not the primary one) none. Takes the lock.
 
-        Pages keep the codec that they have, and each priority has room for two.
+        Pages keep the codec that they have, and each priority has room for two, of any level.
 
         Raises:
             CodecInUseError: pages have the one before, the codec and yet another one.
@@ -206,6 +206,11 @@ class OpenDevice:
             return
         current = algorithms.number(priority)
         other = (current + PRIORITIES) % CODECS
+        for number in (current, other):
+            kept = algorithms.codecs[number]
+            if kept and chosen and kept.format == chosen.format:
+                self._change_level(priority, number, chosen)
+                return
         # A codec that no page has yet gives its number up: then the priority has its earlier one for a moment.
         number = current if before and not device.codec_pages(current) and device.codec_pages(other) else other
         self._require_no_pages(number)
@@ -229,6 +234,17 @@ class OpenDevice:
             store_codec(words, number, chosen)
             algorithms.codecs[number] = chosen
             # One word, stored last: until here the priority has its old codec.
+            words[Superblock.ALTERNATES] = algorithms.alternates
+            device.note_codecs()
+
+    def _change_level(self, priority: int, number: int, chosen: Codec) -> None:
+        """Let a priority have that of its two numbers whose codec is this one but for the level. Takes the lock."""
+        device, algorithms, words = self.device, self.device.identity.algorithms, self._superblock.words
+        with device.lock:
+            store_level(words, number, chosen.level)
+            if algorithms.number(priority) != number:
+                algorithms.alternates ^= 1 << priority
+            algorithms.codecs[number] = chosen
             words[Superblock.ALTERNATES] = algorithms.alternates
             device.note_codecs()
 
