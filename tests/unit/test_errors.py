@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -220,3 +221,17 @@ def test_ctrl_c_ends_a_command_that_waits_without_a_traceback(served: Path, monk
     monkeypatch.setattr(client, "_connect", interrupt)
     result = CliRunner().invoke(main, ["stat", "mm_stat", "--status", str(served / "status")])
     assert (result.exit_code, result.output) == (130, "\n")
+
+
+def test_ctrl_c_ends_a_command_that_is_still_being_imported_without_a_traceback() -> None:
+    script = (
+        "import runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, *_):\n"
+        "        name == 'click' and signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('zramd', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -79,11 +80,17 @@ class _Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; Ctrl-C ends it with the status that shells have for that."""
+        ends_at_once = signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # see zramd.__main__
+        if ends_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             click.echo(err=True)
             ctx.exit(INTERRUPTED)
+        finally:
+            if ends_at_once:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
