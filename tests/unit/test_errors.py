@@ -189,10 +189,13 @@ def test_what_is_wrong_with_a_command_is_told(arguments: list[str], status: int,
         ("| exec true", 0, ""),
     ],
 )
-@pytest.mark.parametrize("verb", ["stat json --status {}/status", "block-state --admin {}/admin", "--help"])
+@pytest.mark.parametrize(
+    "verb", ["stat json --status {}/status", "block-state --admin {}/admin", "config show {}/disk.toml", "--help"]
+)
 def test_output_that_nobody_takes_is_an_error_of_one_line(
     verb: str, redirected: str, status: int, said: str, served: Path
 ) -> None:
+    (served / "disk.toml").write_text("[zram0]\n")
     script = f"exec 3>&1; {sys.executable} -m zramd {verb.format(served)} {redirected}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (status, said)

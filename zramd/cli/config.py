@@ -38,13 +38,12 @@ def config(action: str, file: Path | None, root: Path) -> None:
         raise click.ClickException(f"there is no {where}: name a FILE, or write it (configs/ has examples)")
     try:
         found = Configuration.read(path, root=root)
-        if action == "show":
-            click.echo("\n".join(toml(found)))
-            return
-        for line in unwise(found, total_memory(root)):
-            click.echo(f"Warning: {path}: {line}", err=True)
-        click.echo(summary(found))
+        said = "\n".join(toml(found)) if action == "show" else summary(found)
+        warnings = [] if action == "show" else list(unwise(found, total_memory(root)))
     except (ConfigError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(describe(error)) from error
+    for line in warnings:
+        click.echo(f"Warning: {path}: {line}", err=True)
+    click.echo(said)

@@ -12,7 +12,7 @@ OWN_FILES = 64
 """Files that a server has open beside its connections: regions, sockets, logs."""
 FREE_FILES = 1024
 """Files of the whole machine that should still be free."""
-HOW = "run as root, or give it to the container or unit"
+HOW = "run as root; a container or unit has to be given it"
 
 
 def examine(machine: Machine) -> Iterator[Finding]:
