@@ -58,7 +58,7 @@ def test_any_bit_that_flips_is_an_error_of_that_page_alone(opened: OpenDevice, p
 
 def test_a_damaged_page_is_not_recompressed_into_a_right_one(opened: OpenDevice) -> None:
     flip_a_bit(opened, 2, random.Random(1))
-    with pytest.raises(PageError, match="its checksum is wrong"):
+    with pytest.raises(PageError, match="page 2 is damaged: its checksum is wrong"):
         Recompressor(opened.device, Recompression(huge=True)).run()
     with pytest.raises(PageError):
         read(opened.device, 2 * PAGE_SIZE, PAGE_SIZE)

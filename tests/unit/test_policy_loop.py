@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,11 @@ def test_it_writes_back_no_more_than_the_budget_has(tmp_path: Path) -> None:
     assert step(policy).action is Action.SURVEY
     made = step(policy)
     assert made.action is Action.NOTHING
-    assert "only 0B may be written now, of 3.8M a day" in " ".join(made.reasons)
+    assert "only 0B may be written now, by the budget of 3.8M a day" in " ".join(made.reasons)
     policy._budget._noted -= 86400  # it is a day later
+    disk.set_writeback(lambda settings: replace(settings, limited=True))
+    assert step(policy).action is Action.NOTHING
+    disk.set_writeback(lambda settings: replace(settings, limited=False))
     made = step(policy)
     assert (made.action, made.max_pages) == (Action.WRITE_BACK, 40)
     assert 0 < disk.bd_stat().pages <= 40

@@ -76,7 +76,10 @@ def backed(device: Device) -> set[int]:
 def test_what_is_written_back_takes_no_memory_and_reads_as_before(opened: OpenDevice) -> None:
     device = opened.device
     before, contents = device.mm_stat(), read(device, 0, SIZE)
-    outcome = write_back(device)
+    assert device.backing is not None
+    work = Writeback(device, device.backing, [Selection(WritebackType.ANY, 0, PAGES - 1)])
+    outcome = work.run()
+    assert (work.work.changed, work.work.saved) == (outcome.written, outcome.bytes_written)
     after = device.mm_stat()
     assert outcome.written == outcome.candidates == PAGES * 3 // 4
     assert outcome.bytes_written == before.compr_data_size
@@ -108,6 +111,20 @@ def test_a_restart_finds_it_and_a_store_that_was_moved_too(opened: OpenDevice, m
         write_back(again.device)
         contents = read(again.device, 0, SIZE)
         again.close()
+    # Another one has to wait until no page is written back.
+    other = tmp_path / "other"
+    other.touch()
+    os.truncate(other, 16 * SEGMENT)
+    again = OpenDevice(RegionStore(tmp_path / "state"), Wanted(backing=other))
+    assert again.backing_path == path
+    assert read(again.device, 0, SIZE) == contents
+    assert other.read_bytes() == bytes(16 * SEGMENT)
+    with again.device:
+        again.device.discard(0, SIZE)
+    again.close()
+    again = OpenDevice(RegionStore(tmp_path / "state"), Wanted(backing=other))
+    assert again.backing_path == other
+    again.close()
 
 
 def test_types_are_the_kernels(opened: OpenDevice) -> None:
@@ -196,10 +213,10 @@ def test_recompression_too_notices_a_page_that_was_written_twice(
     work = Recompressor(device, Recompression(huge=True))
     attempt = work._try
 
-    def write_and_try(entry: int, data: bytes) -> tuple[bytes | None, int]:
+    def write_and_try(index: int, entry: int, data: bytes) -> tuple[bytes | None, int]:
         for number in (1, 2):
             write(device, 0, bytearray(digits[number]))
-        return attempt(entry, data)
+        return attempt(index, entry, data)
 
     monkeypatch.setattr(work, "_try", write_and_try)
     work.run()

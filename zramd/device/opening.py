@@ -316,16 +316,18 @@ class OpenDevice:
         self.backing_path = path
         if path is None:
             return
-        if kept:
+        # It may have been moved; or another one is asked for, which has to wait until this one has no pages.
+        for place in dict.fromkeys((path, kept if pages else path) if kept else ()):
             try:
-                self._attach(find_store(words, path))
+                self._attach(find_store(words, place))
+                self.backing_path = place
                 return
             except (OSError, DamagedObjectError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
-                log.warning("the backing store %s cannot be used: %s", path, reason)
-                if pages:
-                    log.warning("reads of %d pages that are written back fail until a start that finds it", pages)
-                    return
+                log.warning("the backing store %s cannot be used: %s", place, reason)
+        if pages:
+            log.warning("reads of %d pages that are written back fail until a start that finds it", pages)
+            return
         try:
             self.set_backing(wanted)
         except OSError as error:

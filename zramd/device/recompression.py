@@ -143,11 +143,7 @@ class Recompressor:
     def _recompress(self, batch: list[int]) -> bool:
         """Recompress some pages. Return whether there may be more."""
         device = self._device
-        try:
-            taken = self._take(batch)
-            done = [(index, entry, *self._try(entry, data)) for index, entry, data in taken]
-        except CodecError as error:
-            raise PageError(f"a page cannot be recompressed: {error}") from error
+        done = [(index, entry, *self._try(index, entry, data)) for index, entry, data in self._take(batch)]
         with device:
             # What has a codec's number must be of that codec: one that has changed meanwhile may have lost its number.
             for index, entry, stored, priority in done if device.generation == self._generation else []:
@@ -172,13 +168,19 @@ class Recompressor:
                 self.outcome.tried += 1
                 entry = entry & ~ENTRY_IDLE | ENTRY_TAKEN
                 device.replace_entry(index, entry)
-                taken.append((index, entry, device.stored(entry).tobytes()))
+                try:
+                    taken.append((index, entry, device.stored(entry).tobytes()))
+                except CodecError as error:
+                    raise PageError(f"page {index} is damaged: {error}") from error
         return taken
 
-    def _try(self, entry: int, data: bytes) -> tuple[bytes | None, int]:
+    def _try(self, index: int, entry: int, data: bytes) -> tuple[bytes | None, int]:
         """Return a page compressed so that it makes progress, or None; and the priority that was tried last."""
         device, threshold = self._device, self._order.threshold
-        self._page[:] = data if entry & STATE_MASK == HUGE else self._decompressors.page(entry, data)
+        try:
+            self._page[:] = data if entry & STATE_MASK == HUGE else self._decompressors.page(entry, data)
+        except CodecError as error:
+            raise PageError(f"page {index} is damaged: {error}") from error
         tried = 0
         for priority in sorted(self._codecs):
             if priority <= codec_number(entry) % PRIORITIES:

@@ -234,7 +234,7 @@ class Writeback:
                     device.write_back(index, place)
                     self.outcome.written += 1
                     self.outcome.bytes_written += size_of(entry)
-            self.work.saved = self.outcome.bytes_written
+            self.work.changed, self.work.saved = self.outcome.written, self.outcome.bytes_written
 
 
 def _selects(selections: list[Selection], index: int, entry: int) -> bool:

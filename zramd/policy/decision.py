@@ -40,7 +40,7 @@ class Situation:
         survey: the last count, None if something was done since.
         survey_age: seconds since the last count ended; None if there was none.
         survey_seconds: what it took.
-        budget: bytes that may be written back now.
+        budget: bytes that may be written back now, by the budget of a day and by writeback_limit.
         pressing: whether memory was above the high watermark, and not below the low one since.
         other_work: the kind of work that somebody else has under way, if any.
         secondary, store: whether there is an algorithm to recompress with, and a backing store.
@@ -204,7 +204,7 @@ def _write_back(case: _Case, *, short: bool) -> Decision | None:
     if room < min(idle, WRITE_BATCH):
         case.reasons.append(
             f"{idle} pages were not touched for {age} s, but only {format_size(case.situation.budget)} may be written "
-            f"now, of {format_size(rules.write_budget)} a day."
+            f"now, by the budget of {format_size(rules.write_budget)} a day and by writeback_limit."
         )
         return None
     reason = f"{idle} pages were not touched for {age} s, and {format_size(case.situation.budget)} may be written now."

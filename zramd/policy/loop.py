@@ -1,6 +1,7 @@
 """The thread that carries a disk's policy out: it wakes every few seconds, looks, decides, and lets another work."""
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -138,12 +139,17 @@ class Policy:
             # What is being done goes on for as long as it would be begun.
             survey_age=None if doing else 0.0 if fresh else age,
             survey_seconds=self._survey_seconds,
-            budget=self._budget.left(now),
+            budget=min(self._budget.left(now), self._limit()),
             pressing=self._pressing,
             other_work=others[0].value if others else None,
             secondary=bool(device.identity.algorithms.secondary),
             store=device.backing is not None,
         )
+
+    def _limit(self) -> int:
+        """Return the bytes that writeback_limit leaves."""
+        settings = self._disk.writeback
+        return settings.limit * PAGE_SIZE if settings.limited else sys.maxsize
 
     def _is_mine(self, thread: int) -> bool:
         return self._worker is not None and self._worker.ident == thread
@@ -172,7 +178,8 @@ class Policy:
         except (BusyError, UninitialisedError) as error:
             log.info("%s: policy: %s", self._disk.name, error)
         except (OSError, NoMemoryError, PageError, ValueError) as error:
-            log.warning("%s: policy: %s: %s", self._disk.name, decision.action, error)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            log.warning("%s: policy: %s: %s", self._disk.name, decision.action, reason)
         finally:
             if decision.action is not Action.SURVEY:
                 self._survey = None  # it holds no more
