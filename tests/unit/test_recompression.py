@@ -133,6 +133,10 @@ def test_cancelled_it_stops_and_leaves_all_pages_whole(opened: OpenDevice) -> No
     work.work.cancelled = True
     assert work.run().tried == 0
     assert read(device, 0, 1 << 20) == contents
+    # As when the disk grows meanwhile.
+    device.retired = True
+    assert Recompressor(device, Recompression()).run().cancelled
+    device.retired = False
 
 
 def test_a_codec_that_changes_under_a_recompression_is_not_given_the_pages_of_the_one_before(

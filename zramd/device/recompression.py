@@ -118,7 +118,7 @@ class Recompressor:
                 if not more:
                     return self.outcome
                 pause()
-        self.outcome.cancelled = self.work.cancelled
+        self.outcome.cancelled = self.work.cancelled or self._device.retired
         return self.outcome
 
     def _scan(self, buckets: list["array[int]"]) -> Iterator[None]:

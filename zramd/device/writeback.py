@@ -129,7 +129,7 @@ class Writeback:
                     pause()
         finally:
             self._flush()
-        self.outcome.cancelled = self.work.cancelled
+        self.outcome.cancelled = self.work.cancelled or self._device.retired
         if self._failure:
             raise self._failure
         return self.outcome
