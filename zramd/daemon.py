@@ -26,11 +26,12 @@ from zramd.attach.swaps import swaps_of
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
+from zramd.device.kept import check_kept
 from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
 from zramd.device.wanted import DEFAULT_ALGORITHM
 from zramd.layout import PAGE_SHIFT
-from zramd.listeners import ListenError, is_public, listen_tcp, listen_unix
+from zramd.listeners import PLAIN_TCP, ListenError, is_public, listen_tcp, listen_unix
 from zramd.log import logging_aside
 from zramd.memory import NoMemoryError, RegionError, is_memory_backed
 from zramd.native import Engine, choose
@@ -112,6 +113,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
 def check(settings: Settings) -> None:
     """Find out whether this program can serve these settings, without touching any disk or socket.
 
+    A server that is to be replaced goes only if this says so: there would be none if its successor refused to start.
+
     Raises:
         DaemonError: it cannot, or is broken.
     """
@@ -121,6 +124,14 @@ def check(settings: Settings) -> None:
                 f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
                 "--state, and neither --volatile nor --stdio"
             )
+    try:
+        if settings.tls.mode is not TlsMode.OFF:
+            make_context(settings.tls)
+        for disk in settings.disks:
+            if disk.state is not None and disk.wanted.disksize != 0:
+                check_kept(disk.state, disk.wanted)
+    except (StateError, TlsError) as error:
+        raise DaemonError(str(error)) from error
     for disk in settings.disks:
         for chosen in (disk.wanted.codec or codec(DEFAULT_ALGORITHM), *disk.wanted.secondary.values()):
             _try_out(chosen)
@@ -362,10 +373,7 @@ def _require_private(settings: Settings, public: bool) -> None:
         DaemonError: it would, and nobody has allowed it.
     """
     if public and settings.tls.mode is not TlsMode.REQUIRE and not settings.public:
-        raise DaemonError(
-            "an address that is not loopback would show the memory of this machine's processes to the network: "
-            "require TLS, or set plain-tcp-beyond-loopback = true in [server]"
-        )
+        raise DaemonError(PLAIN_TCP)
 
 
 def _listen_on_loopback(what: str, host: str, port: int) -> list[socket.socket]:

@@ -16,6 +16,11 @@ MAX_UNIX_PATH = 107
 """Bytes in the path of a Unix socket: sun_path without its NUL."""
 BACKLOG = 4096
 """Clients that wait to be accepted; one more is refused. The kernel has a limit of its own, net.core.somaxconn."""
+PLAIN_TCP = (
+    "an address that is not loopback would show the memory of this machine's processes to the network: "
+    "require TLS, or set plain-tcp-beyond-loopback = true in [server]"
+)
+"""Why an address is refused where there is no TLS."""
 
 _PEER = struct.Struct("3i")
 """Linux's struct ucred: pid, uid, gid."""
@@ -131,7 +136,15 @@ def is_public(sock: socket.socket) -> bool:
     """Say whether a socket has an address that other machines may reach."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
-    address = ipaddress.ip_address(sock.getsockname()[0])
+    return is_public_address(sock.getsockname()[0])
+
+
+def is_public_address(text: str) -> bool:
+    """Say whether an address is one that other machines may reach; "" is all of them, and a name is not looked up."""
+    try:
+        address = ipaddress.ip_address(text or "::")
+    except ValueError:
+        return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
     return not address.is_loopback

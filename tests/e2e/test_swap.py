@@ -139,7 +139,19 @@ def test_a_stop_is_not_lost_in_an_upgrade(supervised: Supervised, delay: float) 
     assert supervised.process.returncode == 0
 
 
-def test_a_program_that_would_not_serve_is_no_upgrade(tmp_path: Path, state: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "by", "said"),
+    [
+        ("[zram0]\n", "[zram0]\nsizee = 1\n", "sizee"),
+        (f'size = "{SIZE}"', 'size = "1G"', "ask for the same"),
+        ("swap = true\n", 'swap = true\nweb = "0.0.0.0:8080"\n', "a loopback address, not 0.0.0.0"),
+        ("[zram0]\n", '[zram0]\nwriteback-device = "/nowhere/at/all"\n', "/nowhere/at/all cannot be the backing store"),
+        ("[zram0]\n", '[tls]\nmode = "on"\ncertificates = "/nowhere"\n[zram0]\n', "cannot read /nowhere/"),
+    ],
+)
+def test_a_program_that_would_not_serve_is_no_upgrade(
+    text: str, by: str, said: str, tmp_path: Path, state: Path
+) -> None:
     config = tmp_path / "zramd.toml"
     config.write_text(
         f'[server]\nswap = true\nunix = ["{tmp_path}/zram0.nbd"]\n'
@@ -150,12 +162,12 @@ def test_a_program_that_would_not_serve_is_no_upgrade(tmp_path: Path, state: Pat
     wait_until_served(process)
     supervised = Supervised(process, *(tmp_path / f"zram0.{socket}" for socket in ("nbd", "status", "admin")))
     server = supervised.server
-    config.write_text(config.read_text() + "sizee = 1\n")
+    config.write_text(config.read_text().replace(text, by))
     process.send_signal(signal.SIGHUP)
     assert process.stderr is not None
     line = process.stderr.readline()
     assert line.startswith("zramd: no upgrade, since what is installed would not serve: Error: ")
-    assert "sizee" in line
+    assert said in line
     assert supervised.server == server
     assert supervised.answers()
     assert supervised.stop() == (0, "")

@@ -248,6 +248,7 @@ def test_a_limit_is_taken_up_to_its_bounds_and_not_beyond(path: Path, key: str) 
     [
         # Names that are not known.
         ("[server]\n[zram0]\nsise = 1\n", ":3: [zram0] sise:", ["did you mean size?"]),
+        ("[zram0]\nzram-size = '1G'\n", ":2: [zram0] zram-size:", ["did you mean size?"]),
         ("[zram0]\ncompresion-algorithm = 'lz4'\n", ":2: [zram0] compresion-algorithm:", ["compression-algorithm?"]),
         ("[zram0]\n[server]\n\nunixmode = '0600'\n", ":4: [server] unixmode:", ["unix-mode?"]),
         ("[zram0]\n[server]\nqqq = 1\n", ":3: [server] qqq:", ["unix", "tcp", "plain-tcp-beyond-loopback"]),
@@ -326,6 +327,10 @@ def test_a_limit_is_taken_up_to_its_bounds_and_not_beyond(path: Path, key: str) 
         ("[zram0]\nadmin = 'kept'\n", ":2: [zram0] admin:", ["absolute"]),
         ("[zram0]\n[tls]\ncertificates = 'tls'\n", ":3: [tls] certificates:", ["absolute"]),
         ("[zram0]\n[tls]\npsk-file = ''\n", ":3: [tls] psk-file:", ["''"]),
+        # What the server would refuse to listen on.
+        ("[zram0]\n[server]\ntcp = ['localhost:1', '0.0.0.0:1']\n", ":3: [server] tcp:", ["require TLS"]),
+        ("[zram0]\n[server]\nweb = ':8080'\n", ":3: [server] web:", ["loopback"]),
+        ("[zram0]\n[server]\nmetrics = '[2001:db8::1]:9586'\n", ":3: [server] metrics:", ["loopback"]),
         # Modes, users and groups.
         ("[zram0]\n[server]\nunix-mode = '0999'\n", ":3: [server] unix-mode:", ['"0660"']),
         ("[zram0]\n[server]\nunix-mode = '04755'\n", ":3: [server] unix-mode:", ["'04755'"]),

@@ -134,7 +134,7 @@ class Table:
         for source, values in self._layers:
             for key in values:
                 if key not in self._known:
-                    source.fail(self.name, key, f"no such key{suggest(key, self._known)}")
+                    source.fail(self.name, key, f"no such key{suggest(key.removeprefix('zram-'), self._known)}")
 
     def fail(self, key: str, reason: str) -> NoReturn:
         """Refuse the configuration because of a key.

@@ -15,6 +15,7 @@ from zramd.device.choice import parse_choice
 from zramd.device.recompression import Recompression
 from zramd.device.wanted import Wanted
 from zramd.expressions import Size, total_memory
+from zramd.listeners import PLAIN_TCP, is_public_address
 from zramd.nbd.access import Access
 from zramd.nbd.identity import UUID_LENGTH
 from zramd.nbd.limits import DEFAULT_LIMITS, Limits
@@ -120,7 +121,13 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
     mode = server.take("unix-mode", values.mode, "0600")
     owner = server.take("unix-owner", values.find_user)
     group = server.take("unix-group", values.find_group)
+    public = server.take("plain-tcp-beyond-loopback", values.boolean, False)
     tls = _tls(tables["tls"])
+    for key, listened in (("web", web), ("metrics", metrics)):
+        if listened and is_public_address(listened[0]):
+            server.fail(key, f"is for this machine: a loopback address, not {listened[0] or 'all'}")
+    if not public and tls.mode is not TlsMode.REQUIRE and any(is_public_address(host) for host, _ in tcp):
+        server.fail("tcp", PLAIN_TCP)
     names = access.take("certificate-names", values.strings, [])
     if names and (tls.mode is not TlsMode.REQUIRE or tls.psk_file or not tls.verify_clients):
         access.fail("certificate-names", 'needs mode = "require" in [tls], and certificates of clients')
@@ -133,7 +140,7 @@ def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Sett
         web=web,
         metrics=metrics,
         swap=server.take("swap", values.boolean, False),
-        public=server.take("plain-tcp-beyond-loopback", values.boolean, False),
+        public=public,
         tls=tls,
         access=Access(
             users=access.take("users", lambda value: frozenset(map(values.find_user, values.strings(value))), []),
