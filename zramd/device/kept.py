@@ -31,7 +31,9 @@ def check_kept(directory: Path, wanted: Wanted) -> None:
     if identity is None:
         return
     check_identity(identity, words[Superblock.FIRST_DISKSIZE], wanted, directory)
-    if wanted.backing is not None and load_path(words) is None:
+    kept = load_path(words)
+    # One that is kept may be in use.
+    if wanted.backing is not None and (kept is None or kept.resolve() != wanted.backing.resolve()):
         try:
             check_medium(wanted.backing)
         except OSError as error:
