@@ -92,7 +92,7 @@ def test_another_may_cancel_it(server: ServerProcess) -> None:
     terminal.wait_for("recompress: [1-9]")
     refused = run(server, "recompress", "--priority", "2")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "EBUSY zram0: recompress is under way" in refused.stderr
+    assert "EAGAIN zram0: recompress is under way" in refused.stderr
     assert run(server, "set", "cancel=recompress").returncode == 0
     status, output = terminal.end()
     assert status == 0

@@ -16,6 +16,7 @@ from tests.nbd_bytes import READ, REPLY_BYTES, SIMPLE, Peer, receive
 from tests.property.test_device import make_data, read, recount, write
 from zramd.backing import FullError, Medium
 from zramd.backing.store import SEGMENT
+from zramd.device.block_state import block_state
 from zramd.device.cleaning import clean, reclaim
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
@@ -670,6 +671,7 @@ def test_the_settings_of_writeback(words: Words, medium: Path) -> None:
     words.refuses("writeback", "huge", "EIO")
     assert words.read("writeback_limit") == "0\n"
     assert device.bd_stat().pages == 2
+    assert "".join(block_state(device)).count(" .wh...\n") == 2
     words.set("writeback_limit_enable", "0")
     words.set("writeback", "huge")
     assert device.bd_stat().pages == 4

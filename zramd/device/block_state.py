@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zramd.device.algorithms import codec_number
+from zramd.device.entry import size_of
 from zramd.device.slices import pause
 from zramd.layout import (
     ENTRY_IDLE,
     ENTRY_INCOMPRESSIBLE,
     ENTRY_STATE_MASK,
     ENTRY_STATE_SHIFT,
+    PAGE_SIZE,
     PRIORITIES,
     PageState,
 )
@@ -22,8 +24,9 @@ def block_state(device: "Device") -> Iterator[str]:
     """Yield the lines of a chunk of the page table at a time, at most 20 KiB.
 
     A line is the page, the second of CLOCK_BOOTTIME in which it was last read or written, and what it is: s for
-    same-filled, w written back, h huge, i idle, r recompressed, n incompressible. Empty pages have none. The lock is
-    held while a chunk is copied, and not while the caller has the lines.
+    same-filled, w written back, h huge, i idle, r recompressed, n incompressible. One that is written back is still
+    what it was in memory, as in Linux 7.0 with compressed_writeback. Empty pages have none. The lock is held while a
+    chunk is copied, and not while the caller has the lines.
     """
     chunks = device.chunks()
     while True:
@@ -46,7 +49,7 @@ def _flags(entry: int) -> str:
     return (
         ("s" if state == PageState.SAME_FILLED else ".")
         + ("w" if state == PageState.WRITTEN_BACK else ".")
-        + ("h" if state == PageState.HUGE else ".")
+        + ("h" if size_of(entry) == PAGE_SIZE else ".")
         + ("i" if entry & ENTRY_IDLE else ".")
         + ("r" if codec_number(entry) % PRIORITIES else ".")
         + ("n" if entry & ENTRY_INCOMPRESSIBLE else ".")

@@ -13,7 +13,7 @@ from zramd.device.counters import WritebackSettings
 from zramd.device.fetching import PageError
 from zramd.device.idle import mark_idle
 from zramd.device.image import Counts, Header, take_header
-from zramd.device.life import BusyError, Life
+from zramd.device.life import BusyError, Life, UnderWayError
 from zramd.device.recompression import Outcome, Recompression, Recompressor
 from zramd.device.restoring import Source, fill, identity_for
 from zramd.device.saving import save
@@ -35,13 +35,13 @@ class Disk(Life):
         """Have work under way for as long as the context lasts.
 
         Raises:
-            BusyError: there is other work that excludes it.
+            UnderWayError: there is other work that excludes it.
         """
         try:
             with self.works.begin(kind) as work:
                 yield work
         except WorkUnderWayError as error:
-            raise BusyError(f"{self.name}: {error}") from error
+            raise UnderWayError(f"{self.name}: {error}") from error
 
     def compact(self) -> None:
         """Compact the pool. While another thread does so, there is nothing to do.

@@ -30,6 +30,10 @@ class BusyError(Exception):
     """The disk is in use, or in a state in which this cannot be done."""
 
 
+class UnderWayError(BusyError):
+    """The disk is at other work, after which this can be done."""
+
+
 class UninitialisedError(Exception):
     """The disk has no size yet."""
 

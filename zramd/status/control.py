@@ -11,7 +11,7 @@ from datetime import datetime
 from zramd.device.codecs import parse_parameters, split_words
 from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
-from zramd.device.life import BusyError, UninitialisedError
+from zramd.device.life import BusyError, UnderWayError, UninitialisedError
 from zramd.device.recompression import PAGE_TYPES, Recompression
 from zramd.device.superblock import StateError
 from zramd.device.work import WorkKind
@@ -217,7 +217,9 @@ def write(served: Served, name: str, value: str, caller: Caller | None = None) -
         else:
             return _WORDS[name](served.disk, value) or ""
     except BusyError as error:
-        raise AttributeRefusedError(f"EBUSY {error}") from error
+        # As in the kernel for recompress and writeback.
+        name = "EAGAIN" if isinstance(error, UnderWayError) else "EBUSY"
+        raise AttributeRefusedError(f"{name} {error}") from error
     except (ValueError, UninitialisedError, StateError) as error:
         raise AttributeRefusedError(f"EINVAL {error}") from error
     except NoMemoryError as error:
