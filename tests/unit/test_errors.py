@@ -217,6 +217,16 @@ def test_an_image_is_not_taken_from_or_given_to_what_is_closed(verb: str, standa
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_disk_without_a_size_is_not_attached_and_the_command_that_gives_it_one_is_named(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can attach: run the tests with sudo")
+    server = StatusServer(Served(Disk("zram0", None), ("nbd+unix:///?socket=/a",), tmp_path / "admin"))
+    server.accept_on(listen_unix(tmp_path / "status"))
+    status, line = run("attach", "--status", tmp_path / "status")
+    assert server.stop(10)
+    assert (status, f"zramd set --admin {tmp_path}/admin disksize=SIZE" in line) == (1, True), line
+
+
 def test_ctrl_c_ends_a_command_that_waits_without_a_traceback(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

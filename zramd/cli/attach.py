@@ -162,6 +162,10 @@ def _served(socket: Path | None) -> tuple[str, str]:
     facts = json.loads(request(path, "json"))
     if not facts["uris"]:
         raise click.ClickException(f"the server at {path} does not tell where it serves: give --uri")
+    if not facts["initstate"]:
+        raise click.ClickException(
+            f"{facts['name']} has no size, and serves nobody: zramd set --admin {facts['admin']} disksize=SIZE"
+        )
     return min(facts["uris"], key=lambda uri: not uri.startswith("nbd+unix:")), facts["name"]
 
 
