@@ -18,7 +18,7 @@ from zramd.backing import FullError, Medium
 from zramd.backing.store import SEGMENT
 from zramd.device.block_state import block_state
 from zramd.device.cleaning import clean, reclaim
-from zramd.device.codecs import codec
+from zramd.device.codecs import CodecError, codec
 from zramd.device.disk import Disk
 from zramd.device.fetching import PageError
 from zramd.device.idle import mark_idle
@@ -152,6 +152,24 @@ def test_what_recompression_gave_up_is_a_type(opened: OpenDevice) -> None:
     assert write_back(opened.device, WritebackType.INCOMPRESSIBLE).candidates == 0
     Recompressor(opened.device, Recompression(huge=True)).run()
     assert write_back(opened.device, WritebackType.INCOMPRESSIBLE).written == PAGES // 4
+
+
+def test_a_page_that_is_damaged_in_memory_holds_up_no_other(
+    opened: OpenDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, stored = opened.device, opened.device.stored
+    with device:
+        damaged = device.entry(2)
+
+    def fail(entry: int) -> memoryview:
+        if entry == damaged:
+            raise CodecError("its checksum is wrong")
+        return stored(entry)
+
+    monkeypatch.setattr(device, "stored", fail)
+    with pytest.raises(PageError, match="page 2 is damaged"):
+        write_back(device)
+    assert backed(device) == {page for page in range(PAGES) if page % 4 != 3 and page != 2}
 
 
 def test_a_page_keeps_its_codec(opened: OpenDevice) -> None:

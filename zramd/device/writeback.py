@@ -96,6 +96,7 @@ class Writeback:
         # (page, entry when it was taken, place) of what is in the segment, and not yet written.
         self._pending: list[tuple[int, int, int]] = []
         self._failure: OSError | None = None
+        self._damaged: PageError | None = None
         self._batch = min(device.writeback.batch_size, MAX_BATCH)
         self._by_size = most is not None or device.writeback.limited
 
@@ -106,7 +107,7 @@ class Writeback:
             LimitError: the limit is used up, and there was more to write.
             FullError: the store is full, and there was more to write.
             OSError: the store could not write some of it; that, and what would have come after it, is still in memory.
-            PageError: a page is damaged in memory.
+            PageError: a page is damaged in memory; the others are written back.
         """
         buckets = [array("Q") for _ in range(PAGE_SIZE // BUCKET_BYTES + 1)]
         for number in range(len(self._selections)):
@@ -132,6 +133,8 @@ class Writeback:
         self.outcome.cancelled = self.work.cancelled or self._device.retired
         if self._failure:
             raise self._failure
+        if self._damaged:
+            raise self._damaged
         return self.outcome
 
     @property
@@ -177,7 +180,8 @@ class Writeback:
                 try:
                     data = device.stored(entry).tobytes()
                 except CodecError as error:
-                    raise PageError(f"page {index} is damaged: {error}") from error
+                    self._damaged = self._damaged or PageError(f"page {index} is damaged: {error}")
+                    continue
                 device.charge_writeback(1)
                 entry |= ENTRY_TAKEN
                 device.replace_entry(index, entry)
