@@ -136,6 +136,7 @@ def test_an_estimate_is_a_table_or_json(server: ServerProcess) -> None:
 
 def test_a_dictionary_is_trained_written_and_installed(server: ServerProcess, tmp_path: Path) -> None:
     path = tmp_path / "dictionary"
+    path.touch(mode=0o644)
     command = ["train", "--size", "8K", "--level", "3", "--priority", "3", "--output", str(path)]
     done = run(server, *command, "--install")
     lines = done.stdout.splitlines()

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.property.test_device import make_data, read, write
 from zramd.device.codecs import codec
 from zramd.device.disk import Disk
 from zramd.device.idle import mark_idle
+from zramd.device.life import BusyError
 from zramd.device.opening import OpenDevice
 from zramd.device.recompression import Recompression
 from zramd.device.sampling import sample_pages
@@ -115,7 +117,7 @@ def test_an_estimate_has_each_codec_with_what_it_takes(disk: Disk) -> None:
     assert disk.works.under_way() == []
 
 
-def test_training_gains_on_pages_that_have_something_in_common(disk: Disk) -> None:
+def test_training_gains_on_pages_that_have_something_in_common(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     device = disk.require_opened().device
     with device:
         device.discard(0, SIZE)
@@ -133,6 +135,10 @@ def test_training_gains_on_pages_that_have_something_in_common(disk: Disk) -> No
     before, contents = disk.mm_stat().mem_used_total, read(device, 0, SIZE)
     disk.recompress(Recompression(priority=2))
     after = disk.mm_stat().mem_used_total
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "use_codec", Mock(side_effect=BusyError("pages have two")))
+        facts = json.loads(ask(disk, "train", "size=65536 priority=2 level=3 install=1"))
+    assert (facts["installed"], facts["refusal"], facts["gain"] > 0) == (None, "pages have two", True)
     # What was promised by held-out pages holds for all.
     assert abs(after - levels[3]["trained"]["memory"]) < 0.2 * before
     # It is part of what is kept.

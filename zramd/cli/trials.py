@@ -13,6 +13,7 @@ from zramd.cli.stat import disk_socket
 from zramd.cli.table import table
 from zramd.layout import PRIORITIES
 from zramd.paths import ADMIN_SUFFIX
+from zramd.replacement import replaced
 from zramd.sizes import format_size, parse_size
 
 MOST_SAMPLES = 8192
@@ -91,7 +92,7 @@ def train(priority: int, level: int, size: int, install: bool, output: Path | No
     if facts["installed"] is not None:
         click.echo(f"Installed as priority {priority}: zramd recompress --priority {priority} uses it.")
     elif install:
-        raise click.ClickException("not installed: the dictionary is no gain")
+        raise click.ClickException(f"not installed: {facts['refusal']}")
 
 
 _KINDS = {"plain": "", "trained": "trained"}
@@ -126,7 +127,7 @@ def _ask(socket: Path | None, request: str, kind: str) -> dict[str, Any]:
 
 def _write_private(path: Path, data: bytes) -> None:
     try:
-        path.touch(mode=0o600)
-        path.write_bytes(data)
+        with replaced(path) as fd, open(fd, "wb", closefd=False) as file:
+            file.write(data)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from error

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from zramd.device.codecs import codec, split_words
 from zramd.device.disk import Disk
 from zramd.device.estimate import estimate
+from zramd.device.life import BusyError
 from zramd.device.sampling import MOST_PAGES
 from zramd.device.training import DEFAULT_DICTIONARY, LEVELS, train
 from zramd.device.work import WorkKind
@@ -37,14 +38,19 @@ def run_training(disk: Disk, value: str) -> str:
         found = train(disk.require_opened().device, size, tuple(sorted({*LEVELS, level})), work)
         if found is None:
             return CANCELLED
-        install = install and found.gain(level) > 0
-        if install:
-            disk.use_codec(codec("zstd", level, found.dictionary), priority)
+        refusal = None if found.gain(level) > 0 else "the dictionary is no gain"
+        if install and not refusal:
+            try:
+                disk.use_codec(codec("zstd", level, found.dictionary), priority)
+            except BusyError as error:
+                # What was found out took long, and is of use without.
+                refusal = str(error)
     facts = asdict(found) | {
         "dictionary": base64.b64encode(found.dictionary).decode(),
         "level": level,
         "gain": found.gain(level),
-        "installed": priority if install else None,
+        "installed": priority if install and not refusal else None,
+        "refusal": refusal,
     }
     return json.dumps(facts) + "\n"
 
