@@ -18,6 +18,7 @@ from zramd.device.opening import OpenDevice
 from zramd.layout import PAGE_SIZE
 from zramd.listeners import listen_unix
 from zramd.status.attributes import NAMES, STREAMED, Served
+from zramd.status.classes import parse_classes
 from zramd.status.client import StatusError, ask
 from zramd.status.control import WORDS
 from zramd.status.server import MAX_LINE, AdminServer, StatusServer
@@ -346,3 +347,11 @@ def test_the_client_says_where_nobody_answers(tmp_path: Path) -> None:
 
 def test_the_client_returns_nothing_for_a_write(path: Path) -> None:
     assert ask(path, "mem_limit 1M") == ""
+
+
+def test_the_pool_is_as_full_as_its_room_in_bytes_not_by_counting_objects() -> None:
+    groups = " 0" * 11
+    text = f"class size\n 1 64{groups} 64 0 1 1 1\n 254 4096{groups} 15 15 15 1 0\n\n Total{groups} 79 15 16 1\n"
+    classes, total = parse_classes(text)
+    assert [use.occupancy for use in classes] == [0, 1]
+    assert (total.used, total.allocated, total.occupancy) == (15, 79, 15 / 16)

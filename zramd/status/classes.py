@@ -17,6 +17,7 @@ class ClassUse(NamedTuple):
         pages: of memory.
         chain: pages of a zspage.
         freeable: pages that compaction would give back.
+        occupancy: the share of the room for objects, in bytes, that is used.
     """
 
     size: int
@@ -25,11 +26,7 @@ class ClassUse(NamedTuple):
     pages: int
     chain: int
     freeable: int
-
-    @property
-    def occupancy(self) -> float:
-        """The share of the room for objects that is used."""
-        return self.used / self.allocated if self.allocated else 1.0
+    occupancy: float
 
     @property
     def memory(self) -> int:
@@ -44,13 +41,15 @@ class ClassUse(NamedTuple):
 
 def parse_classes(text: str) -> tuple[list[ClassUse], ClassUse]:
     """Return the classes that are in use, smallest first, and the pool as a whole."""
-    classes, total = [], ClassUse(0, 0, 0, 0, 0, 0)
+    classes, total = [], ClassUse(0, 0, 0, 0, 0, 0, 1.0)
     for line in text.splitlines()[1:]:
         fields = line.split()
         if len(fields) == _FIELDS and fields[15] != "0":
             allocated, used, pages, chain, freeable = map(int, fields[13:])
-            classes.append(ClassUse(int(fields[1]), allocated, used, pages, chain, freeable))
+            classes.append(ClassUse(int(fields[1]), allocated, used, pages, chain, freeable, used / allocated))
         elif fields[:1] == ["Total"]:
             allocated, used, pages, freeable = map(int, fields[12:])
-            total = ClassUse(0, allocated, used, pages, 0, freeable)
+            room = sum(each.allocated * each.size for each in classes)
+            filled = sum(each.used * each.size for each in classes)
+            total = ClassUse(0, allocated, used, pages, 0, freeable, filled / room if room else 1.0)
     return classes, total
