@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -298,6 +299,12 @@ def test_the_status_socket_changes_nothing(path: Path, word: str) -> None:
     answer = converse(path.with_name("status"), f"{word} 1\ninitstate\n".encode())
     assert answer == f"error: EACCES this socket is for reading; changes go to {path}\n\n1\n\n"
     assert ask(path, "json") == before
+
+
+@pytest.mark.parametrize("line", ["save  ", "restore  ", "restore fd size=1", "restore fd"])
+def test_save_and_restore_say_what_they_take(path: Path, line: str) -> None:
+    answer = converse(path, f"{line}\n".encode())
+    assert re.match("error: EINVAL (save|restore) takes `fd`|error: EINVAL a descriptor has to come", answer)
 
 
 def test_idle_readers_do_not_keep_the_owner_from_a_change(path: Path) -> None:

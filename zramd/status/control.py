@@ -180,8 +180,8 @@ def _save(disk: Disk, value: str, caller: Caller) -> str:
 
 
 def _restore(disk: Disk, value: str, caller: Caller) -> str:
-    kind, *rest = value.split()
-    words = split_words(" ".join(rest))
+    kind, _, rest = value.strip().partition(" ")
+    words = split_words(rest)
     if kind != "fd" or words.keys() - {"disksize"}:
         raise ValueError("restore takes `fd`, a descriptor to read from, and perhaps disksize=SIZE")
     restored = disk.restore(caller.descriptor(), memparse(words.get("disksize", "0")), caller.is_gone)
