@@ -190,8 +190,8 @@ def _summary(collected: "Collected", tried: int) -> str:
     """Say what the data are."""
     total = collected.total
     same = total - collected.zeros - collected.objects
-    size = format_size(total * PAGE_SIZE)
-    return f"{size} of data: {collected.zeros / total:.1%} zeros, {same / total:.1%} same-filled; {tried} pages tried"
+    size, pages = format_size(total * PAGE_SIZE), "1 page" if tried == 1 else f"{tried} pages"
+    return f"{size} of data: {collected.zeros / total:.1%} zeros, {same / total:.1%} same-filled; {pages} tried"
 
 
 def _facts(
