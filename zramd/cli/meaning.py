@@ -24,7 +24,8 @@ def meaning(shown: Shown) -> Iterator[tuple[str, bool]]:
     place = f", {'swapped to' if shown.place == '[SWAP]' else f'mounted on {shown.place}'}" if shown.place else ""
     yield f"{name} is a device of {format_size(size)}{attached}{place}.", False
     if stored:
-        yield _stored(stored, used, size, memory["compr_data_size"]), False
+        away = facts["bd_stat"]["pages"] * PAGE_SIZE
+        yield _stored(stored, away, used, size, memory["compr_data_size"]), False
     else:
         yield "Nothing is stored; it takes memory only for what is.", False
     yield _limit(used, memory["mem_limit"], size)
@@ -32,12 +33,15 @@ def meaning(shown: Shown) -> Iterator[tuple[str, bool]]:
         yield f"{'; '.join(pages)}.", False
 
 
-def _stored(stored: int, used: int, size: int, compressed: int) -> str:
-    gain = stored - used
+def _stored(stored: int, away: int, used: int, size: int, compressed: int) -> str:
+    """Say what the stored data take; `away` of them are written back, and take no memory."""
+    here = stored - away
+    gain = here - used
     effect = f"{format_size(gain)} less" if gain >= 0 else f"{format_size(-gain)} more"
-    ratio = f", a ratio of {stored / used:.2f}" if used else ""
+    ratio = f", a ratio of {here / used:.2f}" if used else ""
+    part = f"{format_size(away)} of that written back; the rest is " if away else ""
     return (
-        f"{format_size(stored)} of it ({stored / size:.0%}) is stored, compressed to {format_size(compressed)}. "
+        f"{format_size(stored)} of it ({stored / size:.0%}) is stored, {part}compressed to {format_size(compressed)}. "
         f"That takes {format_size(used)} of memory: {effect} than uncompressed{ratio}."
     )
 
