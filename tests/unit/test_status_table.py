@@ -96,8 +96,8 @@ def test_the_numbers_are_explained() -> None:
     told = [line for line, _ in meaning(Shown(FULL | {"backing_dev": "/dev/vdb", "bd_stat": {"pages": 1}}, []))]
     assert told == [
         "zram12 is a device of 4G.",
-        "2.3G of it (57%) is stored, 4K of that written back; the rest is compressed to 854M. That takes 904M of memory: "
-        "1.4G less than uncompressed, a ratio of 2.61.",
+        "2.3G of it (57%) is stored, 4K of that written back; the rest is compressed to 854M. That takes 904M of "
+        "memory: 1.4G less than uncompressed, a ratio of 2.61.",
         "It may take 1G of memory (mem_limit), and takes 88% of that; a write that finds no more fails (ENOSPC).",
         "48K in 12 pages did not compress and are stored as they are (huge); 15.6M in 3,992 pages are one word "
         "repeated and take no memory (same-filled); 4K in 1 page is written back to /dev/vdb.",
