@@ -65,7 +65,9 @@ def listen_unix(path: Path, mode: int = 0o600, owner: int = -1, group: int = -1)
         sock.close()
         reason = error.strerror or str(error)
         if error.errno == errno.EEXIST:
-            reason = "another server listens there" if path.is_socket() else "there is a file that is no socket"
+            reason = "there is a file that is no socket"
+            if path.is_socket():
+                reason = "another server listens there: stop it, or name another path"
         raise ListenError(f"cannot listen on {path}: {reason}") from error
     return sock
 

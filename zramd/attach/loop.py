@@ -142,6 +142,8 @@ class LoopDevice(Attachment):
                 reason = last_line(self._log.read_text(errors="replace"))
                 if "nbd_set_uri_allow_local_file" in reason:
                     reason = "it takes certificates from /etc/pki/libnbd (~/.pki/libnbd of others than root) only"
+                elif "TLS" in reason:
+                    reason += " Its certificates are those in /etc/pki/libnbd"
                 raise AttachError(f"nbdfuse cannot attach {export}: {reason}")
             _wait_until(deadline, f"{export} did not answer within {timeout:g} s: is the server running?")
 
