@@ -186,8 +186,8 @@ def test_a_disk_is_swap_or_is_mounted(text: str, use: Use | str, tmp_path: Path)
 SHOWN = {
     MAIN: WHOLE.replace('"sieben"', r'"\u007f ö \"\\"').replace('"512M"', '"min(ram / 3, 1E)"')
     + 'compression-algorithm = "lz4 zstd(level=9) (type=idle)"\n[zram0.policy]\nmemory-high = "80%"\n',
-    f"run/{DROP_INS}/9.toml": '[zram1]\nsize = "ram / 7"\nmount-point = "/a"\nhost-memory-limit = "9G"\n[zram2]\n'
-    'host-memory-limit = "1G"\n[zram0.policy]\nidle-after = 5\n',
+    f"run/{DROP_INS}/9.toml": '[zram1]\nsize = "ram / 7"\nmount-point = "/a"\nfs-type = "xfs"\nhost-memory-limit = "9G"\n'
+    '[zram2]\nhost-memory-limit = "1G"\n[zram0.policy]\nidle-after = 5\n',
 }
 
 
@@ -203,7 +203,8 @@ def test_what_is_shown_loads_as_what_it_was_of(tmp_path: Path) -> None:
     assert said == meant
     page = (8 << 30) // 7 // 4096 * 4096 + 4096
     assert f'size = "ram / 7"  # {page}, {root}/run/{DROP_INS}/9.toml:2' in lines
-    assert f"idle-after = 5  # {root}/run/{DROP_INS}/9.toml:8" in lines
+    assert f"idle-after = 5  # {root}/run/{DROP_INS}/9.toml:9" in lines
+    assert f'fs-type = "xfs"  # {root}/run/{DROP_INS}/9.toml:4' in lines
     assert 'unix-mode = "0660"  # ' in "\n".join(lines)
     assert 'status = "{}"  # default'.format(tmp_path / "run/zram1.status") in lines
 
