@@ -186,8 +186,8 @@ def test_a_disk_is_swap_or_is_mounted(text: str, use: Use | str, tmp_path: Path)
 SHOWN = {
     MAIN: WHOLE.replace('"sieben"', r'"\u007f ö \"\\"').replace('"512M"', '"min(ram / 3, 1E)"')
     + 'compression-algorithm = "lz4 zstd(level=9) (type=idle)"\n[zram0.policy]\nmemory-high = "80%"\n',
-    f"run/{DROP_INS}/9.toml": '[zram1]\nsize = "ram / 7"\nmount-point = "/a"\nfs-type = "xfs"\nhost-memory-limit = "9G"\n'
-    '[zram2]\nhost-memory-limit = "1G"\n[zram0.policy]\nidle-after = 5\n',
+    f"run/{DROP_INS}/9.toml": '[zram1]\nsize = "ram / 7"\nmount-point = "/a"\nfs-type = "xfs"\n'
+    'host-memory-limit = "9G"\n[zram2]\nhost-memory-limit = "1G"\n[zram0.policy]\nidle-after = 5\n',
 }
 
 

@@ -116,9 +116,7 @@ class Table:
 
     def settle(self, key: str, value: Any) -> None:
         """Let a key that was taken, and is not set, be what it comes to."""
-        self.taken = [
-            Taken(key, value) if taken.key == key and taken.source is None else taken for taken in self.taken
-        ]
+        self.taken = [Taken(key, value) if taken.key == key and taken.source is None else taken for taken in self.taken]
 
     def take_table(self, key: str) -> "Table":
         """Return the table of that name inside this one, an empty one if it is not there."""
