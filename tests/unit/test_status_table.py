@@ -108,6 +108,9 @@ def test_the_numbers_are_explained() -> None:
     ]
     near = facts(1 << 30, 1 << 29, 95 << 20, 100 << 20)
     assert [line.split("takes ")[1].split(" ")[0] for line, warns in meaning(Shown(near, [])) if warns] == ["95%"]
+    little = [line for line, _ in meaning(Shown(facts(1 << 20, 1 << 19, 1 << 19, 1 << 30), []))]
+    assert little[1].startswith("1M of it (less than 1%) is stored")
+    assert little[2].startswith("It may take 1G of memory (mem_limit), and takes less than 1% of that;")
 
 
 def test_a_disk_is_found_where_it_is_attached_and_used(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def _stored(stored: int, away: int, used: int, size: int, compressed: int) -> st
     ratio = f", a ratio of {here / used:.2f}" if used else ""
     part = f"{format_size(away)} of that written back; the rest is " if away else ""
     return (
-        f"{format_size(stored)} of it ({stored / size:.0%}) is stored, {part}compressed to {format_size(compressed)}. "
-        f"That takes {format_size(used)} of memory: {effect} than uncompressed{ratio}."
+        f"{format_size(stored)} of it ({_percent(stored / size)}) is stored, {part}compressed to "
+        f"{format_size(compressed)}. That takes {format_size(used)} of memory: {effect} than uncompressed{ratio}."
     )
 
 
@@ -51,10 +51,14 @@ def _limit(used: int, limit: int, size: int) -> tuple[str, bool]:
         return f"No mem_limit is set: data that do not compress may take up to {format_size(size)} of memory.", False
     share = used / limit
     return (
-        f"It may take {format_size(limit)} of memory (mem_limit), and takes {share:.0%} of that; "
+        f"It may take {format_size(limit)} of memory (mem_limit), and takes {_percent(share)} of that; "
         "a write that finds no more fails (ENOSPC).",
         share >= NEAR,
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 or not share else "less than 1%"
 
 
 def _pages(facts: dict[str, Any]) -> Iterator[str]:

@@ -345,7 +345,7 @@ class Life:
         """
         with self._changed:
             if self._clients and not force:
-                raise BusyError(f"{len(self._clients)} connected to {self.name}: disconnect them, or force the reset")
+                raise BusyError(f"connections to {self.name}: {len(self._clients)}; end them, or force the reset")
             self._shut_for = why
             for hang_up in self._clients:
                 hang_up()
