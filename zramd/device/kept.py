@@ -22,12 +22,17 @@ def check_kept(directory: Path, wanted: Wanted) -> None:
     if len(raw) < PAGE_SIZE:
         return
     words = memoryview(raw).cast("Q")
+
+    def read_dictionary(number: int, length: int) -> bytes:
+        place = directory / f"dictionary{number}"
+        if not place.is_file():  # nobody waits for the other end of a pipe
+            raise ValueError(f"the region {place.name} is missing, or no file")
+        return place.read_bytes()[:length]
+
     try:
-        identity = load_identity(
-            words, lambda number, length: (directory / f"dictionary{number}").read_bytes()[:length]
-        )
+        identity = load_identity(words, read_dictionary)
     except StateError as error:
-        raise StateError(f"{directory}: {error}") from error
+        raise StateError(f"{directory}: {error}; remove the directory to start afresh") from error
     if identity is None:
         return
     check_identity(identity, words[Superblock.FIRST_DISKSIZE], wanted, directory)
