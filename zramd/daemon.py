@@ -89,7 +89,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     if choose() is Engine.NATIVE:
         sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        check(settings)
+        _check(settings)
         started = supervise() if settings.swap else _nobody_waits
         with ExitStack() as sockets:
             if settings.swap:
@@ -118,12 +118,7 @@ def check(settings: Settings) -> None:
     Raises:
         DaemonError: it cannot, or is broken.
     """
-    for disk in settings.disks:
-        if settings.swap and (disk.state is None or not is_memory_backed(_existing(disk.state))):
-            raise DaemonError(
-                f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
-                "--state, and neither --volatile nor --stdio"
-            )
+    _check(settings)
     try:
         if settings.tls.mode is not TlsMode.OFF:
             make_context(settings.tls)
@@ -132,6 +127,20 @@ def check(settings: Settings) -> None:
                 check_kept(disk.state, disk.wanted)
     except (StateError, TlsError) as error:
         raise DaemonError(str(error)) from error
+
+
+def _check(settings: Settings) -> None:
+    """Find out whether the disks can be swapped to, if they are to be, and whether the engine works.
+
+    Raises:
+        DaemonError: as `check`.
+    """
+    for disk in settings.disks:
+        if settings.swap and (disk.state is None or not is_memory_backed(_existing(disk.state))):
+            raise DaemonError(
+                f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
+                "--state, and neither --volatile nor --stdio"
+            )
     for disk in settings.disks:
         for chosen in (disk.wanted.codec or codec(DEFAULT_ALGORITHM), *disk.wanted.secondary.values()):
             _try_out(chosen)
