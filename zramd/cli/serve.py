@@ -89,7 +89,9 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     is_flag=True,
     help="For swapping to: locks and populates memory ahead, runs in real time, and a supervisor restarts the server.",
 )
-@click.option("--check", is_flag=True, help="Only find out whether this would serve: options, configuration, engine.")
+@click.option(
+    "--check", is_flag=True, help="Only find out whether this would serve: configuration, what is kept, engine."
+)
 @click.pass_context
 def serve(
     context: click.Context,
