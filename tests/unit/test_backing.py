@@ -146,6 +146,13 @@ class StoreMachine(RuleBasedStateMachine):
 TestStore = StoreMachine.TestCase
 
 
+def test_an_object_is_found_behind_a_write_that_ended_a_unit_before_its_block(store: Store) -> None:
+    lengths = PAGE_SIZE - UNIT - OBJECT_OVERHEAD, 100
+    put(store, 1, bytes(lengths[0]))
+    place = put(store, 7 << 32, bytes(lengths[1]))  # which has the bits where the first one's successor has its length
+    assert [length for _, _, length in store.objects(place >> SEGMENT_UNITS_SHIFT)] == [*lengths]
+
+
 def test_every_byte_of_an_object_is_covered(store: Store, path: Path) -> None:
     data = random.Random(1).randbytes(300)
     place = put(store, 7, data)

@@ -431,10 +431,11 @@ def test_a_client_that_dribbles_bytes_is_disconnected_when_the_time_of_a_handsha
         sock.connect(str(path))
         receive(sock, len(GREETING))
         sock.sendall(client_flags() + b"IHAVEOPT" + struct.pack(">II", 4711, MAX_OPTION_LENGTH))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not select.select([sock], [], [], 0.05)[0]:
             assert time.monotonic() < deadline, "the server waits for ever while a byte comes now and then"
-            sock.sendall(b"x")
+            with contextlib.suppress(BrokenPipeError):  # it may be over since
+                sock.sendall(b"x")
         assert receive_rest(sock) == b""
 
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 from zramd.backing.medium import BLOCK, Medium, aligned_buffer
-from zramd.backing.objects import HEADER, DamagedObjectError, Sealer, units_of
+from zramd.backing.objects import HEADER, UNIT, DamagedObjectError, Sealer, units_of
 from zramd.layout import (
     BACKING_UNIT_SHIFT,
     ENTRY_HANDLE_MASK,
@@ -63,6 +63,7 @@ LABEL_VERSION = 1
 
 _LIVE, _NEXT = 0, 1
 _FREE, _USED = 0, 1
+_ZEROS = bytes(UNIT)
 
 
 class FullError(Exception):
@@ -325,7 +326,9 @@ class Store:
         position = 0
         while position <= SEGMENT - HEADER.size:
             number, _, _, length, _ = HEADER.unpack_from(self._reading, position)
-            if 0 < length <= PAGE_SIZE and position + OBJECT_OVERHEAD + length <= SEGMENT:
+            # A header is longer than a unit: behind the last unit of a block, its length would be the next object's.
+            ended = self._reading[position : position + UNIT] == _ZEROS
+            if not ended and 0 < length <= PAGE_SIZE and position + OBJECT_OVERHEAD + length <= SEGMENT:
                 yield (segment << SEGMENT_SHIFT) + position >> BACKING_UNIT_SHIFT, number, length
                 position += units_of(length) << BACKING_UNIT_SHIFT
             else:
