@@ -274,7 +274,7 @@ def test_a_disk_that_holds_data_or_has_a_client_is_not_restored_over(disk: Disk,
     assert read(device_of(disk), 0, disk.disksize) == contents
     other = Disk("zram1", None)
     other.initialise(1 << 20)
-    with other.connected(lambda: None), pytest.raises(BusyError, match="1 connected"):
+    with other.connected(lambda: None), pytest.raises(BusyError, match="connections to zram1: 1"):
         restore(other, image)
     assert other.disksize == 1 << 20
     restore(other, image)
