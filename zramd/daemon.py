@@ -26,7 +26,7 @@ from zramd.attach.swaps import swaps_of
 from zramd.device.algorithms import PRIMARY
 from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
-from zramd.device.kept import check_kept
+from zramd.device.kept import check_kept, find_kept
 from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
 from zramd.device.wanted import DEFAULT_ALGORITHM
@@ -123,7 +123,7 @@ def check(settings: Settings) -> None:
         if settings.tls.mode is not TlsMode.OFF:
             make_context(settings.tls)
         for disk in settings.disks:
-            if disk.state is not None and disk.wanted.disksize != 0:
+            if disk.state is not None:
                 check_kept(disk.state, disk.wanted)
     except (StateError, TlsError) as error:
         raise DaemonError(str(error)) from error
@@ -406,20 +406,20 @@ def _stop(server: Server) -> None:
 
 
 def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
-    """Make the disk, and find its device in kept regions or initialise it unless it is to have no size yet."""
+    """Make the disk, and find its device in kept regions; else initialise it, unless it is to have no size yet."""
     wanted = settings.wanted
     if swap and settings.state is not None:
         noswap.mount(settings.state)
     disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap, integrity=wanted.integrity)
-    if wanted.disksize != 0:
+    if wanted.disksize != 0 or (settings.state and find_kept(settings.state)):
         # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
         _try_out(disk.open(wanted).device.identity.codec)
-    elif wanted.codec:
-        for priority, chosen in ({PRIMARY: wanted.codec} | wanted.secondary).items():
+    else:
+        for priority, chosen in ({PRIMARY: wanted.codec} | wanted.secondary if wanted.codec else {}).items():
             disk.set_algorithm(chosen.name, priority)
             disk.set_parameters(Parameters(chosen.level, chosen.dictionary), priority)
-    if wanted.disksize == 0 and wanted.backing:
-        disk.set_backing(wanted.backing)
+        if wanted.backing:
+            disk.set_backing(wanted.backing)
     if settings.mem_limit is not None:
         disk.set_mem_limit(settings.mem_limit)
     limit = settings.writeback_limit

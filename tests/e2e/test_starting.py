@@ -274,6 +274,21 @@ def test_a_disk_without_a_size_refuses_clients_and_the_others_serve(tmp_path: Pa
     assert "no such" not in stopped(server)
 
 
+def test_a_disk_without_a_size_of_its_own_has_that_of_what_is_kept(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk_table(tmp_path, "zram0", "size = 0", f"state = {quoted(tmp_path / 'kept')}"))
+    server = start_configured(tmp_path, config)
+    ask(tmp_path / "zram0.admin", "disksize 8M")
+    write_to(server.unix, "", 0, DATA)
+    stopped(server)
+    server = start_configured(tmp_path, config)
+    assert read_from(server.unix, "", 0, len(DATA)) == DATA
+    ask(tmp_path / "zram0.admin", "reset 1")
+    stopped(server)
+    server = start_configured(tmp_path, config)
+    assert ask(server.status, "disksize") == "0\n"
+    stopped(server)
+
+
 def test_a_read_only_disk_serves_reads_and_refuses_changes(tmp_path: Path) -> None:
     state = f"state = {quoted(tmp_path / 'kept')}"
     server = start_configured(tmp_path, config_of(tmp_path, disk_table(tmp_path, "zram0", state)))

@@ -473,6 +473,11 @@ def test_a_file_that_is_not_utf_8_is_refused(path: Path, data: bytes) -> None:
         load(path)
 
 
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^/dev/zero has more than 1048576 characters"):
+        load(Path("/dev/zero"))
+
+
 def test_a_file_that_may_not_be_read_is_named(path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything: run the tests as another user")

@@ -35,7 +35,7 @@ SOCKET = click.Path(path_type=Path, dir_okay=False)
     "--size",
     type=Parsed("size", later("zramd.expressions", "parse_disksize")),
     help="Size of the disk: bytes, or with K, M, G, T; or of the machine's memory, as in 50% or 'min(ram / 2, 4G)'. "
-    "0: set later as disksize. Default: 1G.",
+    "0: that of what is kept, or set later as disksize. Default: 1G.",
 )
 @click.option(
     "--algorithm",

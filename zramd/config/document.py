@@ -10,6 +10,9 @@ from typing import Any, NoReturn, TypeVar, overload
 
 Value = TypeVar("Value")
 
+MAX_LENGTH = 1 << 20
+"""Characters of a file; a device may have no end."""
+
 _HEADER = re.compile(r"""\s*\[\[?([^\]#]+)\]""")
 _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
@@ -34,7 +37,10 @@ class Source:
             ConfigError: it cannot be read, or is no TOML.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MAX_LENGTH + 1)
+            if len(text) > MAX_LENGTH:
+                raise ConfigError(f"{path} has more than {MAX_LENGTH} characters: it is no configuration")
             return cls(path, text, tomllib.loads(text))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -64,7 +64,9 @@ class Configuration:
         disks = [_disk(table, ram) for name, table in tables.items() if name not in TABLES]
         if not disks:
             raise ConfigError(f"{path}: there is no disk: add a table [zram0]")
-        settings = _settings(tables, tuple(disk for disk in disks if isinstance(disk, DiskSettings)))
+        here = tuple(disk for disk in disks if isinstance(disk, DiskSettings))
+        _require_own_paths(tables, here)
+        settings = _settings(tables, here)
         for table in tables.values():
             table.end()
         settings = replace(settings, left_out=tuple(disk for disk in disks if isinstance(disk, str)))
@@ -110,6 +112,16 @@ def _tables(sources: list[Source]) -> dict[str, Table]:
                 source.fail(name, None, f"no such table{suggest(name, [*TABLES, 'zram0'])}")
             layers.setdefault(name, []).append((source, found))
     return {name: Table(name, layers.get(name, [])) for name in dict.fromkeys([*TABLES, *layers])}
+
+
+def _require_own_paths(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> None:
+    owners: dict[Path, str] = {}
+    for disk in disks:
+        for key, path in (("state", disk.state), ("status", disk.status), ("admin", disk.admin)):
+            if path in owners:
+                tables[disk.name].fail(key, f"{path} is {owners[path]}")
+            if path is not None:
+                owners[path] = f"the {key} of {disk.name}"
 
 
 def _settings(tables: dict[str, Table], disks: tuple[DiskSettings, ...]) -> Settings:

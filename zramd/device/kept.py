@@ -3,24 +3,24 @@
 from pathlib import Path
 
 from zramd.device.backing_dev import check_medium, load_path
-from zramd.device.superblock import StateError, load_identity
+from zramd.device.superblock import Identity, StateError, load_identity
 from zramd.device.wanted import Wanted, check_identity
 from zramd.layout import PAGE_SIZE, Superblock
 
 
-def check_kept(directory: Path, wanted: Wanted) -> None:
-    """Check that what is kept in a directory, if anything is, can be taken up as it is wanted. Nothing is touched.
+def find_kept(directory: Path) -> tuple[Identity, memoryview] | None:
+    """Return what the device kept in a directory is, and its superblock, or None if there is none. Nothing is touched.
 
     Raises:
-        StateError: it cannot.
+        StateError: it is damaged.
     """
     path = directory / "superblock"
     try:
         raw = path.read_bytes()[:PAGE_SIZE] if path.is_file() else b""
     except OSError:
-        return  # The start tells of it.
+        return None  # The start tells of it.
     if len(raw) < PAGE_SIZE:
-        return
+        return None
     words = memoryview(raw).cast("Q")
 
     def read_dictionary(number: int, length: int) -> bytes:
@@ -33,8 +33,19 @@ def check_kept(directory: Path, wanted: Wanted) -> None:
         identity = load_identity(words, read_dictionary)
     except StateError as error:
         raise StateError(f"{directory}: {error}; remove the directory to start afresh") from error
-    if identity is None:
+    return (identity, words) if identity else None
+
+
+def check_kept(directory: Path, wanted: Wanted) -> None:
+    """Check that what is kept in a directory, if anything is, can be taken up as it is wanted. Nothing is touched.
+
+    Raises:
+        StateError: it cannot.
+    """
+    found = find_kept(directory)
+    if found is None:
         return
+    identity, words = found
     check_identity(identity, words[Superblock.FIRST_DISKSIZE], wanted, directory)
     kept = load_path(words)
     # One that is kept may be in use.

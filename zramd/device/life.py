@@ -345,7 +345,8 @@ class Life:
         """
         with self._changed:
             if self._clients and not force:
-                raise BusyError(f"connections to {self.name}: {len(self._clients)}; end them, or force the reset")
+                remedy = "end them, or force the reset" if why == "reset" else "end them"
+                raise BusyError(f"connections to {self.name}: {len(self._clients)}; {remedy}")
             self._shut_for = why
             for hang_up in self._clients:
                 hang_up()

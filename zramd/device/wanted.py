@@ -59,13 +59,13 @@ def new_identity(wanted: Wanted) -> Identity:
 
 
 def check_identity(identity: Identity, first_disksize: int, wanted: Wanted, where: Path | None) -> None:
-    """Check that kept state is what was asked for. The size that a device had before it grew may be asked for.
+    """Check that kept state is what was asked for. The size that a device had before it grew may be asked for, or 0.
 
     Raises:
         StateError: it is not.
     """
     remedy = f"ask for the same, or remove {where} to start afresh, or choose another --state or --volatile"
-    sizes = (None, identity.disksize, first_disksize)
+    sizes = (None, 0, identity.disksize, first_disksize)
     if not wanted.keep_size and (wanted.disksize and round_up_to_page(wanted.disksize)) not in sizes:
         raise StateError(f"the device kept in {where} has {identity.disksize} bytes: {remedy}")
     if wanted.chain_size is not None and wanted.chain_size != identity.chain_size:
