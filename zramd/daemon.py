@@ -14,31 +14,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from urllib.parse import quote
 
 from zramd import noswap
 from zramd.activation import activated, standard_input
 from zramd.attach.module import has_nbd
 from zramd.attach.swaps import swaps_of
-from zramd.device.algorithms import PRIMARY
-from zramd.device.codecs import Codec, Parameters, codec
 from zramd.device.disk import Disk
-from zramd.device.kept import check_kept, find_kept
-from zramd.device.selftest import SelfTestError, selftest
 from zramd.device.superblock import StateError
-from zramd.device.wanted import DEFAULT_ALGORITHM
-from zramd.layout import PAGE_SHIFT
+from zramd.disks import UnfitError, open_disk, require_fit
 from zramd.listeners import PLAIN_TCP, ListenError, is_public, listen_tcp, listen_unix
 from zramd.log import logging_aside
-from zramd.memory import NoMemoryError, RegionError, is_memory_backed
+from zramd.memory import NoMemoryError, RegionError
 from zramd.native import Engine, choose
 from zramd.nbd.export import Export, Exports
 from zramd.nbd.server import Server
 from zramd.nbd.tls import TlsError, TlsMode, make_context
-from zramd.nbd.warmup import WarmUpError, warm_up
 from zramd.notify import notify
 from zramd.paths import make_runtime_directory
 from zramd.policy.loop import Policy
@@ -89,7 +81,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     if choose() is Engine.NATIVE:
         sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        _check(settings)
+        require_fit(settings)
         started = supervise() if settings.swap else _nobody_waits
         with ExitStack() as sockets:
             if settings.swap:
@@ -106,63 +98,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
         for disk, chosen in daemon.disks:
             if chosen.state is not None and disk.leave():
                 announce(f"stopped; the contents stay in {chosen.state} until it is removed or the machine restarts")
-    except (StateError, NoMemoryError, RegionError, ListenError, TlsError) as error:
+    except (UnfitError, StateError, NoMemoryError, RegionError, ListenError, TlsError) as error:
         raise DaemonError(str(error)) from error
-
-
-def check(settings: Settings) -> None:
-    """Find out whether this program can serve these settings, without touching any disk or socket.
-
-    A server that is to be replaced goes only if this says so: there would be none if its successor refused to start.
-
-    Raises:
-        DaemonError: it cannot, or is broken.
-    """
-    _check(settings)
-    try:
-        if settings.tls.mode is not TlsMode.OFF:
-            make_context(settings.tls)
-        for disk in settings.disks:
-            if disk.state is not None:
-                check_kept(disk.state, disk.wanted)
-    except (StateError, TlsError) as error:
-        raise DaemonError(str(error)) from error
-
-
-def _check(settings: Settings) -> None:
-    """Find out whether the disks can be swapped to, if they are to be, and whether the engine works.
-
-    Raises:
-        DaemonError: as `check`.
-    """
-    for disk in settings.disks:
-        if settings.swap and (disk.state is None or not is_memory_backed(_existing(disk.state))):
-            raise DaemonError(
-                f"{disk.name} cannot be swapped to: its regions must outlive the server, in memory; choose another "
-                "--state, and neither --volatile nor --stdio"
-            )
-    for disk in settings.disks:
-        for chosen in (disk.wanted.codec or codec(DEFAULT_ALGORITHM), *disk.wanted.secondary.values()):
-            _try_out(chosen)
-
-
-@cache
-def _try_out(codec: Codec) -> None:
-    """Find out whether the engine works with a codec.
-
-    Raises:
-        DaemonError: it does not.
-    """
-    try:
-        selftest(codec)
-        warm_up(codec)
-    except (SelfTestError, WarmUpError, NoMemoryError) as error:
-        raise DaemonError(str(error)) from error
-
-
-def _existing(path: Path) -> Path:
-    """Return the path, or the lowest directory above it that there is."""
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _nobody_waits() -> None:
@@ -199,7 +136,7 @@ class _Daemon:
         metrics = _listen_on_loopback("metrics", *scraped) if scraped else []
         for sock in (*listeners, *self._named.values(), *([client] if client else ())):
             _require_private(settings, is_public(sock))
-        self.disks = [(_open_disk(chosen, swap=settings.swap), chosen) for chosen in settings.disks]
+        self.disks = [(open_disk(chosen, swap=settings.swap), chosen) for chosen in settings.disks]
         exports = [Export(disk.name, chosen.description, disk, chosen.read_only) for disk, chosen in self.disks]
         self._server = server = Server(
             Exports(exports), settings.limits, settings.access, tls.mode, context, self._enter_thread
@@ -403,29 +340,6 @@ def _listen_on_loopback(what: str, host: str, port: int) -> list[socket.socket]:
 def _stop(server: Server) -> None:
     if not server.stop(STOP_SECONDS):
         log.warning("a client did not take its replies in time and was cut off")
-
-
-def _open_disk(settings: DiskSettings, *, swap: bool) -> Disk:
-    """Make the disk, and find its device in kept regions; else initialise it, unless it is to have no size yet."""
-    wanted = settings.wanted
-    if swap and settings.state is not None:
-        noswap.mount(settings.state)
-    disk = Disk(settings.name, settings.state, wanted.chain_size, swap=swap, integrity=wanted.integrity)
-    if wanted.disksize != 0 or (settings.state and find_kept(settings.state)):
-        # Never closed: unmapping is left to the end of the process, since a thread may still look at the regions.
-        _try_out(disk.open(wanted).device.identity.codec)
-    else:
-        for priority, chosen in ({PRIMARY: wanted.codec} | wanted.secondary if wanted.codec else {}).items():
-            disk.set_algorithm(chosen.name, priority)
-            disk.set_parameters(Parameters(chosen.level, chosen.dictionary), priority)
-        if wanted.backing:
-            disk.set_backing(wanted.backing)
-    if settings.mem_limit is not None:
-        disk.set_mem_limit(settings.mem_limit)
-    limit = settings.writeback_limit
-    if limit is not None and not disk.writeback.limited:
-        disk.set_writeback(lambda before: replace(before, limit=limit >> PAGE_SHIFT, limited=True))
-    return disk
 
 
 def _authority(host: str, port: int) -> str:

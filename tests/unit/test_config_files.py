@@ -248,7 +248,7 @@ def test_the_default_file_is_for_root_without_options(
     given: list[Settings] = []
     path = make(tmp_path, {MAIN: "[zram0]\nsize = '3M'\n"}) / MAIN
     monkeypatch.setattr("zramd.config.find", lambda: path)
-    monkeypatch.setattr("zramd.daemon.check", given.append)
+    monkeypatch.setattr("zramd.disks.check", given.append)
     monkeypatch.setattr("zramd.log.start_log", lambda: None)
     monkeypatch.setattr("zramd.cli.serve.state_directory", lambda name: tmp_path / name)
     monkeypatch.setattr("zramd.cli.serve.make_runtime_directory", lambda: tmp_path)

@@ -134,8 +134,9 @@ def serve(
     """
     from zramd.config import ConfigError, find, load, load_disk
     from zramd.daemon import DaemonError, run
-    from zramd.daemon import check as daemon_check
     from zramd.device.wanted import Wanted
+    from zramd.disks import UnfitError
+    from zramd.disks import check as check_disks
     from zramd.log import start_log
     from zramd.native import EngineError, choose
     from zramd.nbd.tls import TlsMode, TlsSettings
@@ -209,10 +210,10 @@ def serve(
             click.echo(nothing, err=stdio)
             return
         if check:
-            daemon_check(settings)
+            check_disks(settings)
             return
         run(settings, partial(_announce, err=stdio))
-    except (ConfigError, DaemonError, EngineError) as error:
+    except (ConfigError, DaemonError, EngineError, UnfitError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(describe(error)) from error
