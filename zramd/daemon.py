@@ -35,7 +35,7 @@ from zramd.notify import notify
 from zramd.paths import make_runtime_directory
 from zramd.policy.loop import Policy
 from zramd.policy.rules import Mode
-from zramd.reclaim import Measure, protect, protect_thread
+from zramd.reclaim import Measure, own_memory, private_ranges, protect, protect_thread
 from zramd.settings import DiskSettings, Settings, UnixAddress
 from zramd.sizes import format_size
 from zramd.status.attributes import Served
@@ -82,16 +82,18 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
         sys.setswitchinterval(SWITCH_SECONDS)
     try:
         require_fit(settings)
-        started = supervise() if settings.swap else _nobody_waits
+        started, again = supervise() if settings.swap else (_nobody_waits, False)
         with ExitStack() as sockets:
             if settings.swap:
                 sockets.enter_context(logging_aside())
-            daemon = _Daemon(settings, sockets)
+            daemon = _Daemon(settings, sockets, again=again)
             for line in daemon.introduction():
                 announce(line)
             gc.collect()
             gc.freeze()
             started()
+            if again:
+                daemon.settle()
             notify("READY=1", f"STATUS={daemon.summary()}")
             daemon.wait()
             notify("STOPPING=1")
@@ -107,14 +109,15 @@ def _nobody_waits() -> None:
 
 
 class _Daemon:
-    """What runs; `sockets` ends it."""
+    """What runs; `sockets` ends it. If it serves `again`, it takes another's place while the machine swaps."""
 
-    def __init__(self, settings: Settings, sockets: ExitStack) -> None:
+    def __init__(self, settings: Settings, sockets: ExitStack, *, again: bool) -> None:
         self._settings = settings
         self._sockets = sockets
         self._supervisor = os.getppid()
         self._lacking: set[str] = set()
-        self._measures = protect() if settings.swap else []
+        self._measures = protect(whole=not again) if settings.swap else []
+        self._shared = private_ranges() if again else []
         tls = settings.tls
         context = None if tls.mode is TlsMode.OFF else make_context(tls)
         given = activated()
@@ -175,6 +178,13 @@ class _Daemon:
 
     def _swaps(self) -> list[str]:
         return [path for disk, _ in self.disks for path in self._swaps_of(disk)]
+
+    def settle(self) -> None:
+        """Have all memory of its own, as the first server has at its start, once somebody is connected again."""
+        threading.Thread(target=own_memory, args=(self._shared, self._is_used), name="settling", daemon=True).start()
+
+    def _is_used(self) -> bool:
+        return any(disk.clients for disk, _ in self.disks)
 
     def wait(self) -> None:
         """Return when the server is to end."""

@@ -40,9 +40,10 @@ Started = Callable[[], None]
 """To be called by the server once it serves."""
 
 
-def supervise() -> Started:
+def supervise() -> tuple[Started, bool]:
     """Return in the server's process, whenever one is needed; the process that called this ends with it.
 
+    The second value says whether another has served before: the machine may then have no memory until this one does.
     The caller has blocked all signals of both, has only one thread, and has loaded all that a server needs.
 
     Raises:
@@ -57,7 +58,7 @@ def supervise() -> Started:
     while True:
         started = supervisor.fork()
         if started is not None:
-            return started
+            return started, supervisor.has_served
         supervisor.watch()
 
 
@@ -82,7 +83,7 @@ class _Supervisor:
     """
 
     def __init__(self, *, has_served: bool, stopping: bool) -> None:
-        self._has_served = has_served
+        self.has_served = has_served
         self._server = 0
         self._check: subprocess.Popen[str] | None = None
         self._pipe = -1
@@ -136,9 +137,9 @@ class _Supervisor:
         Raises:
             SystemExit: it was to end, or cannot start.
         """
-        self._has_served |= os.read(self._pipe, 1) == b"\1"
+        self.has_served |= os.read(self._pipe, 1) == b"\1"
         os.close(self._pipe)
-        if status == 0 or not self._has_served or (self._stopping and status > 0):
+        if status == 0 or not self.has_served or (self._stopping and status > 0):
             raise SystemExit(status if status >= 0 else 1)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         log.error("the server died (%s); it is started again", how)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from zramd.reclaim import HEAP_BYTES
+
 NOBODY = 65534
 PROTECT = """
 import json, os, mmap, threading
@@ -29,6 +31,24 @@ print(json.dumps({{
     "locked": int(status["VmLck"].split()[0]), "grown": int(status["VmRSS"].split()[0]) - before,
     "oom": int(open("/proc/self/oom_score_adj").read()),
 }}))
+"""
+FORK = """
+import os
+from zramd import reclaim
+reclaim.OWN_SECONDS = 0
+def own():
+    lines = dict(line.split(":", 1) for line in list(open("/proc/self/smaps_rollup"))[1:])
+    return int(lines["Private_Dirty"].split()[0]) >> 10
+shared = bytearray(b"x") * (32 << 20)
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    reclaim.protect(whole=False)
+    ranges = reclaim.private_ranges()
+    before, looks = own(), []
+    reclaim.own_memory(ranges, lambda: looks.append(1) is None)
+    print(before, own(), len(looks) > 32 << 20 >> 16, flush=True)
+    os._exit(0)
 """
 
 
@@ -58,6 +78,14 @@ def test_what_is_mapped_later_is_not_populated() -> None:
         pytest.skip(f"memory lock: {found['measures']['memory lock']}")
     assert found["locked"] > 256 << 10
     assert found["grown"] < 16 << 10
+
+
+def test_a_fork_shares_its_memory_until_it_is_told_to_have_its_own() -> None:
+    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=True)
+    before, after, looked = result.stdout.split()
+    assert int(before) < 16
+    assert int(after) > 32 + (HEAP_BYTES >> 20)
+    assert looked == "True"
 
 
 def test_who_may_do_nothing_is_told_what_it_takes_and_goes_on() -> None:
