@@ -44,18 +44,15 @@ def checksums(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-MADE = "zramd-loop-"
-"""In the name of each directory that `zramd attach --fuse` makes."""
+def in_use(parent: Path) -> set[str]:
+    """Name each loop device, mount and nbdfuse that `zramd attach --fuse` has made with its directory in `parent`.
 
-
-def in_use() -> set[str]:
-    """Name each loop device, mount and nbdfuse of this machine that `zramd attach` has made.
-
-    What others have is none of this: the tests with the other engine run at the same time.
+    What lies elsewhere is none of this: the tests with the other engine run at the same time.
     """
+    made = f"{parent}/zramd-loop-"
     files = [*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")]
     mounts = Path("/proc/self/mounts").read_text().splitlines()
-    return {str(path.parent) for path in files if MADE in _text(path)} | {line for line in mounts if MADE in line}
+    return {str(path.parent) for path in files if made in _text(path)} | {line for line in mounts if made in line}
 
 
 def _text(path: Path) -> str:
@@ -78,10 +75,9 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     directories = tmp_path / "directories"
     directories.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directories))
-    before = in_use()
 
     def gone() -> bool:
-        return in_use() <= before and not list(directories.iterdir())
+        return not in_use(directories) and not list(directories.iterdir())
 
     yield gone
     assert gone()

@@ -18,6 +18,7 @@ from zramd.attach.attachment import AttachError
 from zramd.attach.loop import _require_machine
 from zramd.attach.module import has_nbd
 from zramd.attach.swaps import read_swaps
+from zramd.paths import make_runtime_directory
 
 MIB = 1 << 20
 HOGS = 8
@@ -65,13 +66,13 @@ def device(server: ServerProcess) -> Iterator[str]:
         _require_machine()
     except AttachError as error:
         pytest.skip(str(error))
-    before = in_use()
+    before = in_use(make_runtime_directory())
     path = done("attach", "--fuse", "--status", server.status).strip()
     assert Path(path).is_block_device()
     yield path
-    if str(Path("/sys/block", Path(path).name, "loop")) in in_use():
+    if str(Path("/sys/block", Path(path).name, "loop")) in in_use(make_runtime_directory()):
         done("detach", path)
-    assert in_use() <= before
+    assert in_use(make_runtime_directory()) <= before
     assert not list(Path("/run/zramd").glob("zramd-loop-*/nbdfuse.pid"))
 
 
@@ -275,7 +276,7 @@ def test_an_attach_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         _require_machine()
     except AttachError as error:
         pytest.skip(str(error))
-    before = in_use()
+    before = in_use(make_runtime_directory())
     assert "absent.nbd" in refused("attach", "--fuse", "--uri", f"nbd+unix:///?socket={tmp_path}/absent.nbd")
     assert "/etc/pki/libnbd" in refused("attach", "--fuse", "--uri", "nbds://localhost/?tls-certificates=/absent")
-    assert in_use() <= before
+    assert in_use(make_runtime_directory()) <= before
