@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from zramd.device.backing_dev import check_medium, load_path
-from zramd.device.superblock import Identity, StateError, load_identity
+from zramd.device.superblock import Identity, StateError, load_identity, refusal
 from zramd.device.wanted import Wanted, check_identity
 from zramd.layout import PAGE_SIZE, Superblock
 
@@ -32,7 +32,7 @@ def find_kept(directory: Path) -> tuple[Identity, memoryview] | None:
     try:
         identity = load_identity(words, read_dictionary)
     except StateError as error:
-        raise StateError(f"{directory}: {error}; remove the directory to start afresh") from error
+        raise refusal(directory, error) from error
     return (identity, words) if identity else None
 
 

@@ -21,6 +21,7 @@ from zramd.device.superblock import (
     load_identity,
     note_boot,
     note_end,
+    refusal,
     store_identity,
 )
 from zramd.device.wanted import Wanted, check_identity, new_identity
@@ -84,16 +85,13 @@ class OpenDevice:
             try:
                 self.device = self._build(identity, wanted)
             except StateError as error:
-                raise self._refusal(error) from error
+                raise refusal(self._store.directory, error) from error
             self._apply(wanted)
             self._find_backing(wanted.backing)
             self._ahead = self._populate_ahead() if swap else None
         except BaseException:
             self.close()
             raise
-
-    def _refusal(self, error: StateError) -> StateError:
-        return StateError(f"{self._store.directory}: {error}; remove the directory to start afresh")
 
     def _find(self, wanted: Wanted) -> Identity | None:
         identity, first_disksize = None, 0
@@ -118,7 +116,7 @@ class OpenDevice:
                 for name in filter(_ANY_REGION.fullmatch, self._store.names()):
                     self._store.remove(name)
         except StateError as error:
-            raise self._refusal(error) from error
+            raise refusal(self._store.directory, error) from error
         if identity is not None and wanted.grow and wanted.disksize is not None:
             return replace(identity, disksize=round_up_to_page(wanted.disksize))
         if identity is not None:

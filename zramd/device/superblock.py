@@ -20,6 +20,11 @@ class StateError(Exception):
     """The kept state of a device cannot be used as asked."""
 
 
+def refusal(directory: Path | None, error: StateError) -> StateError:
+    """Return an error about what is kept, with where that is and what to do."""
+    return StateError(f"{directory}: {error}; remove the directory to start afresh")
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The parts of a device that its regions depend on.
